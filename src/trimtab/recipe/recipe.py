@@ -1,0 +1,122 @@
+"""The recipe: everything a training run is made of, as one typed, frozen value."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from trimtab.recipe.sections import (
+    MERGING,
+    Adapter,
+    Data,
+    DPOLoss,
+    Evaluation,
+    Optimizer,
+    Schedules,
+    Section,
+    SFTLoss,
+)
+from trimtab.recipe.values import NonNegativeCount, Text
+
+
+class Recipe(Section):
+    """What every method's recipe has; one subclass per method narrows it.
+
+    Example:
+        >>> recipe = DPORecipe.model_validate(
+        ...     {"method": "dpo", "model": "org/sft", "data": {"train": "org/pairs"}, "output": "runs/a"}
+        ... )
+        >>> recipe.reference, recipe.data.train[0].path, recipe.optimizer.lr, recipe.loss.beta
+        ('org/sft', 'org/pairs', 1e-06, 0.1)
+    """
+
+    default_lr: ClassVar[float] = 2e-5
+
+    method: str
+    """What to train with: sft or dpo."""
+    model: Text | None = None
+    """Where the policy starts: a model folder or a hub id; the reference when not given."""
+    reference: Text | None = None
+    """The SFT model: DPO's reference, and the end of the reference delta; the model when not given."""
+    base: Text | None = None
+    """The pretrained model the reference was tuned from; gives the reference delta."""
+    delta: Text | None = None
+    """A reference delta made with `trimtab delta`, instead of base."""
+    adapter: Adapter | None = None
+    """Train a LoRA adapter instead of the weights."""
+    data: Data
+    loss: SFTLoss | DPOLoss
+    optimizer: Optimizer
+    schedule: Schedules = Schedules()
+    training: dict[str, Any] = Field(default_factory=dict)
+    """Further fields of TRL's config for the method (TrainingArguments and more), by their names there."""
+    evaluation: Evaluation = Evaluation()
+    output: Text
+    """The run folder."""
+    seed: NonNegativeCount = 0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill(cls, values: Any) -> Any:
+        """Fill the defaults that depend on other keys, so that the recipe spells them out."""
+        if not isinstance(values, dict):
+            return values
+        optimizer = values.get("optimizer")
+        optimizer = {} if optimizer is None else optimizer
+        if isinstance(optimizer, dict) and optimizer.get("lr") is None:
+            optimizer = {**optimizer, "lr": cls.default_lr}
+        filled = {**values, "optimizer": optimizer}
+        for section in ("loss", "schedule", "training", "evaluation"):
+            if filled.get(section) is None:
+                filled[section] = {}
+        return cls._fill_models(filled)
+
+    @classmethod
+    def _fill_models(cls, values: dict[str, Any]) -> dict[str, Any]:
+        if values.get("model") is None and values.get("reference") is not None:
+            values["model"] = values["reference"]
+        optimizer = values["optimizer"]
+        merges = isinstance(optimizer, dict) and optimizer.get("name") in MERGING
+        if values.get("reference") is None and (cls.needs_reference or merges):
+            values["reference"] = values.get("model")
+        return values
+
+    needs_reference: ClassVar[bool] = False
+
+    def resolved(self) -> dict[str, Any]:
+        """Return the recipe as plain values with every default spelled out; reading it gives an equal recipe.
+
+        Merging settings that do not apply (all of them, for AdamW) are left out rather than written as null.
+        """
+        values = self.model_dump(mode="json")
+        optimizer = values["optimizer"]
+        values["optimizer"] = {key: value for key, value in optimizer.items() if value is not None}
+        values["optimizer"]["groups"] = [
+            {key: value for key, value in group.items() if value is not None} for group in optimizer["groups"]
+        ]
+        return values
+
+
+class SFTRecipe(Recipe):
+    """Supervised fine-tuning."""
+
+    method: Literal["sft"]
+    loss: SFTLoss
+
+
+class DPORecipe(Recipe):
+    """Direct preference optimization against an explicit reference."""
+
+    default_lr: ClassVar[float] = 1e-6
+    needs_reference: ClassVar[bool] = True
+
+    method: Literal["dpo"]
+    loss: DPOLoss
+
+
+METHODS: dict[str, type[Recipe]] = {"sft": SFTRecipe, "dpo": DPORecipe}
+"""The recipe class of each method."""
+
+NOT_YET = ("reward", "ipo", "kto", "rrhf", "ppo", "grpo", "rloo")
+"""Methods that are planned and refused by name until they are there."""

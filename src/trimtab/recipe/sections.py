@@ -1,0 +1,249 @@
+"""The sections of a recipe, one class each: what may be written, what it means, and its default."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from trimtab.recipe.values import (
+    Flag,
+    NonNegative,
+    NonNegativeCount,
+    Pattern,
+    Positive,
+    PositiveCount,
+    PositiveShare,
+    Share,
+    ShareBelowOne,
+    Text,
+    TextOrTexts,
+    Texts,
+)
+
+MERGING = ("ondare", "onties", "online_merging")
+"""The optimizers that merge a reference delta in as they go."""
+
+
+class Section(BaseModel):
+    """A part of a recipe: frozen, and unknown keys are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class Source(Section):
+    """One place that rows come from."""
+
+    path: Text
+    """A file (JSONL, JSON, Parquet, CSV; also .gz), a folder of them, or a hub id."""
+    weight: Positive = 1.0
+    """How often rows of this source are drawn, relative to the other sources."""
+    split: Text | None = None
+    """Split of a hub dataset; null: the part's own name (train; for eval: validation, else test)."""
+    subset: Text | None = None
+    """Configuration of a hub dataset."""
+    limit: PositiveCount | None = None
+    """Use only the first rows, this many."""
+
+
+def _as_sources(value: Any) -> Any:
+    """One path, one mapping, or a list of either, as a list of mappings."""
+    items = value if isinstance(value, list | tuple) else [value]
+    return tuple({"path": item} if isinstance(item, str) else item for item in items)
+
+
+Sources = Annotated[tuple[Source, ...], BeforeValidator(_as_sources), Field(min_length=1)]
+
+
+class Data(Section):
+    """What to train on, and what to measure on."""
+
+    train: Sources
+    """A path, a hub id, a mapping (path, weight, split, subset, limit), or a list of these."""
+    eval: Sources | None = None
+    """Held-out rows, written as ``train`` is."""
+    format: Literal["auto", "trl", "alpaca", "sharegpt", "hh", "ranked"] = "auto"
+    """How rows are written; auto: told from the columns."""
+    max_length: PositiveCount = 1024
+    """Longest example in tokens, chat template included."""
+    overlong: Literal["drop", "truncate"] = "drop"
+    """What happens to longer ones; either way they are counted."""
+    streaming: Flag = False
+    """Read rows as they are needed instead of all at once; needs training.max_steps."""
+
+
+class SFTLoss(Section):
+    """Supervised fine-tuning: the mean negative log-likelihood per token."""
+
+    completion_only: Flag | None = None
+    """Loss on the answers only; null: yes where prompt and completion are apart, as TRL does."""
+    packing: Flag = False
+    """Put several examples into one row of max_length tokens."""
+
+
+class DPOLoss(Section):
+    """Direct preference optimization (arXiv 2305.18290) and its relatives, as TRL computes them."""
+
+    type: Literal[
+        "sigmoid",
+        "hinge",
+        "ipo",
+        "exo_pair",
+        "nca_pair",
+        "robust",
+        "bco_pair",
+        "sppo_hard",
+        "aot",
+        "aot_unpaired",
+        "apo_zero",
+        "apo_down",
+        "discopop",
+        "sigmoid_norm",
+    ] = "sigmoid"
+    """The loss on the difference of rewards; sigmoid is the paper's."""
+    beta: Positive = 0.1
+    """Strength of the pull to the reference (for ipo: the target margin is 1 / (2 beta))."""
+    label_smoothing: Annotated[NonNegative, Field(lt=0.5)] = 0.0
+    """Share of pairs taken to be labelled the wrong way round."""
+    sft_weight: NonNegative = 0.0
+    """How much of the chosen answers' negative log-likelihood is added (RPO's alpha)."""
+
+
+class Adapter(Section):
+    """Train a LoRA adapter instead of the weights."""
+
+    r: PositiveCount = 16
+    """Rank."""
+    alpha: Positive = 32.0
+    """Scale: the adapter's product is multiplied by alpha / r."""
+    dropout: ShareBelowOne = 0.0
+    """Share of the adapter's inputs dropped."""
+    target_modules: TextOrTexts = "all-linear"
+    """Modules that get an adapter: "all-linear", one regular expression, or a list of names."""
+
+
+class Group(Section):
+    """Parameters whose names a pattern finds, and what differs for them; the first group that fits counts."""
+
+    pattern: Pattern
+    """A regular expression searched for in the parameter's name."""
+    lr: NonNegative | None = None
+    weight_decay: NonNegative | None = None
+    reserve_rate: PositiveShare | None = None
+    merge_weight: Share | None = None
+    merge_every: PositiveCount | None = None
+
+
+class Optimizer(Section):
+    """AdamW, or an online merging optimizer around it: theta + ((1 - alpha) F(update)) (+) (alpha F(tau))."""
+
+    name: Literal["adamw", "ondare", "onties", "online_merging"] = "adamw"
+    """online_merging takes any pairing of sparsify and consensus."""
+    lr: NonNegative
+    """Learning rate at its peak; default 1e-6 for dpo and 2e-5 for sft."""
+    betas: tuple[ShareBelowOne, ShareBelowOne] = (0.9, 0.999)
+    eps: Positive = 1e-8
+    weight_decay: NonNegative = 0.0
+    """Decoupled; applied before the update, never sparsified."""
+    reserve_rate: PositiveShare | None = None
+    """p: share of entries the sparsifier keeps."""
+    merge_weight: Share | None = None
+    """alpha: how much of the reference delta goes in at every merge."""
+    merge_every: PositiveCount | None = None
+    """K: steps between merges; 1 when not given."""
+    fidelity: Literal["paper", "released", "mergekit"] | None = None
+    """Whose numerics: the paper's equations (when not given), the authors' released code, or mergekit's."""
+    sparsify: Literal["none", "bernoulli", "top"] | None = None
+    """F; given by the name for ondare (bernoulli) and onties (top)."""
+    consensus: Literal["linear", "sign", "sign_unweighted"] | None = None
+    """(+); given by the name for ondare (linear) and onties (sign)."""
+    rescale: Literal["none", "expected", "l1"] | None = None
+    """What makes up for the dropped entries; given by the fidelity when not set."""
+    redraw: Flag | None = None
+    """Draw tau's mask anew at every merge, or once; given by the fidelity when not set."""
+    rounding: Literal["residual", "stochastic", "none"] | None = None
+    """How parameters below fp32 keep small updates; residual when not given."""
+    merge_weight_follows_lr: Flag | None = None
+    """Scale alpha with the learning rate's schedule."""
+    policy_differs: Flag | None = None
+    """The policy is not the reference when training starts, and that is meant."""
+    without_delta: Texts | None = None
+    """Regular expressions for parameters the delta does not have; they take the plain step."""
+    groups: tuple[Group, ...] = ()
+    """Parameters with their own settings."""
+
+    @property
+    def merges(self) -> bool:
+        """Whether this optimizer merges a reference delta in."""
+        return self.name in MERGING
+
+
+class Schedule(Section):
+    """How a value moves over training, as a factor on what the optimizer section gives.
+
+    A linear warm-up from 0, then from 1 down (or up) to ``end`` at the last step along ``type``.
+    """
+
+    type: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: NonNegativeCount | None = None
+    """Steps of warm-up."""
+    warmup_ratio: ShareBelowOne | None = None
+    """Warm-up as a share of all steps, rounded up; instead of warmup_steps."""
+    end: NonNegative | None = None
+    """The factor at the last step; 0 when not given. Has no meaning for constant."""
+
+    def warmup(self, total: int) -> int:
+        """Return the steps of warm-up in a training of ``total`` steps."""
+        if self.warmup_ratio is not None:
+            return math.ceil(self.warmup_ratio * total)
+        return self.warmup_steps or 0
+
+    def factor(self, step: int, total: int) -> float:
+        """Return the factor in force for the step after ``step`` finished ones, of ``total``.
+
+        With ``end`` = 0 these are the schedules of the same names in transformers.
+
+        Example:
+            >>> [Schedule(type="linear", warmup_steps=2).factor(step, 6) for step in range(7)]
+            [0.0, 0.5, 1.0, 0.75, 0.5, 0.25, 0.0]
+        """
+        warmup = self.warmup(total)
+        if step < warmup:
+            return step / max(1, warmup)
+        if self.type == "constant":
+            return 1.0
+        progress = min(1.0, (step - warmup) / max(1, total - warmup))
+        remaining = 1.0 - progress if self.type == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
+        end = self.end or 0.0
+        return end + (1.0 - end) * remaining
+
+
+class LearningRateSchedule(Schedule):
+    """The learning rate's schedule; linear to 0 unless said otherwise, as in transformers."""
+
+    type: Literal["constant", "linear", "cosine"] = "linear"
+
+
+class Schedules(Section):
+    """Schedules of the learning rate, of alpha and of p."""
+
+    lr: LearningRateSchedule = LearningRateSchedule()
+    merge_weight: Schedule | None = None
+    reserve_rate: Schedule | None = None
+    """Without warm-up: p = 0 would keep nothing."""
+
+
+class Evaluation(Section):
+    """When the held-out rows are measured, and what is generated."""
+
+    every: PositiveCount | None = None
+    """Steps between evaluations; null: only before and after training."""
+    at_start: Flag = True
+    """Measure the model before the first step, so that there is something to compare with."""
+    samples: NonNegativeCount = 0
+    """Answers generated for this many held-out prompts, before and after training."""
+    prompts: Texts = ()
+    """More prompts to answer, written out here."""
+    max_new_tokens: PositiveCount = 128
+    """Longest generated answer."""
