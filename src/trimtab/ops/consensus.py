@@ -1,0 +1,84 @@
+"""Consensus ⊕: how weighted terms are combined, entry by entry."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Consensus = Literal["linear", "sign", "sign_unweighted"]
+
+
+def agreeing_terms(terms: Sequence[Tensor], weights: Sequence[float], kind: Consensus) -> list[Tensor]:
+    """The weighted terms aᵢ = wᵢ·xᵢ, each 0 where it is outvoted; their sum is the consensus.
+
+    ``linear``: nothing is outvoted. ``sign`` (TIES elect and disjoint merge, arXiv 2306.01708 §3; arXiv
+    2405.17931 Eq. 7): aᵢ stays where sign aᵢ = sign Σ aᵢ, and everything is 0 where the sum is 0.
+    ``sign_unweighted`` (the released code of arXiv 2405.17931): the vote is sign Σ xᵢ, before weighting, and
+    a sum of 0 counts as +. NaN propagates.
+
+    Args:
+        terms: tensors xᵢ of one shape and dtype.
+        weights: one weight for each.
+        kind: see above.
+
+    Returns:
+        A list as long as ``terms``.
+    """
+    if not terms or len(terms) != len(weights):
+        raise ValueError(f"{len(terms)} terms need as many weights (at least one), got {len(weights)}")
+    weighted = [term * weight for term, weight in zip(terms, weights, strict=True)]
+    if kind == "linear":
+        return weighted
+    if kind == "sign":
+        total = _sum(weighted)
+        elected = total.sign()
+        agrees = [(a.sign() == elected) & (elected != 0) for a in weighted]
+    elif kind == "sign_unweighted":
+        total = _sum(terms)
+        elected = torch.where(total < 0, -torch.ones_like(total), torch.ones_like(total))
+        agrees = [a.sign() == elected for a in weighted]
+    else:
+        raise ValueError(f"unknown consensus {kind!r}; known: linear, sign, sign_unweighted")
+    undecided = total.isnan()
+    return [torch.where(agree | undecided, a, 0.0) for agree, a in zip(agrees, weighted, strict=True)]
+
+
+def consensus(
+    terms: Sequence[Tensor], weights: Sequence[float], kind: Consensus, *, normalize: bool = False
+) -> Tensor:
+    """Combine weighted terms: Σ of the :func:`agreeing_terms`, from left to right.
+
+    Args:
+        terms: tensors xᵢ of one shape and dtype.
+        weights: one weight for each.
+        kind: which entries of which terms count.
+        normalize: divide by the sum of the weights that agree (offline TIES); 0 where none does.
+
+    Returns:
+        A tensor like the terms.
+
+    Example:
+        >>> x, y = torch.tensor([1.0, -1.0, 1.0]), torch.tensor([2.0, 3.0, -1.0])
+        >>> consensus([x, y], [1.0, 1.0], "linear").tolist()
+        [3.0, 2.0, 0.0]
+        >>> consensus([x, y], [1.0, 1.0], "sign").tolist()
+        [3.0, 3.0, 0.0]
+    """
+    parts = agreeing_terms(terms, weights, kind)
+    total = _sum(parts)
+    if not normalize:
+        return total
+    votes = _sum(
+        [torch.where(part != 0, float(w), 0.0).to(total) for part, w in zip(parts, weights, strict=True)]
+    )
+    return torch.where(votes == 0, torch.zeros_like(total), total / votes)
+
+
+def _sum(parts: Sequence[Tensor]) -> Tensor:
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total

@@ -1,0 +1,175 @@
+"""Counter-based random masks: every bit is a pure function of (seed, stream, step, name, index).
+
+The same training therefore draws the same masks on one process or eight, sharded or not, after a resume, on
+CPU and GPU.
+
+The generator. For each parameter, step and *pair* of streams, BLAKE2b of (seed, step, pair, index >> 32,
+canonical name) gives four 32-bit keys k0..k3. Entry i (row-major index in the unsharded tensor, low 32 bits)
+has two words, ``coarse = h(i; k0, k1)`` and ``fine = h(i; k2, k3)``, with the 32-bit integer hash
+
+    x = i + k0;  x ^= x >> 16;  x *= 0x7feb352d;  x ^= x >> 15;  x ^= k1;  x *= 0x846ca68b;  x ^= x >> 16   (mod 2^32).
+
+Even streams use the high halves of both words, odd streams the low halves: stream s has the uniform 32-bit
+number ``U = half(coarse) << 16 | half(fine)``. One word thus serves the masks of the update and of the
+reference delta, and ``fine`` is needed only where the coarse half falls in the boundary cell (one entry in
+65,536).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from math import prod
+
+import torch
+from torch import Tensor
+
+from trimtab.ops.names import canonical_name
+
+UPDATE = 0
+"""Stream of the mask on the update Δ. Stream i ≥ 1 is that of the i-th delta."""
+DELTA = 1
+GRADIENT = 62
+ROUNDING = 63
+
+_MULTIPLIER_1 = 0x7FEB352D
+_MULTIPLIER_2 = 0x846CA68B
+_CHUNK = 1 << 18  # entries hashed at a time: the temporaries stay in cache
+
+
+@dataclass(frozen=True)
+class MaskKey:
+    """What a mask is a function of, beside the index.
+
+    Args:
+        seed: any integer in [0, 2^64).
+        stream: which use of randomness (``UPDATE``, ``DELTA``, ``GRADIENT``, ``ROUNDING``), in [0, 64).
+        step: the parameter's own step count; 0 for masks that are drawn once.
+        name: parameter name; it is made canonical here, so wrappers do not change masks.
+    """
+
+    seed: int
+    stream: int
+    step: int
+    name: str
+    _canonical: str = field(init=False, repr=False, compare=False, default="")
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 1 << 64:
+            raise ValueError(f"seed must be in [0, 2**64), got {self.seed}")
+        if not 0 <= self.stream < 64:
+            raise ValueError(f"stream must be in [0, 64), got {self.stream}")
+        if not 0 <= self.step < 1 << 64:
+            raise ValueError(f"step must be in [0, 2**64), got {self.step}")
+        object.__setattr__(self, "_canonical", canonical_name(self.name))
+
+    def words(self, high: int = 0) -> tuple[int, int, int, int]:
+        """The four 32-bit keys for the indices whose bits above the 32nd are ``high``."""
+        message = (
+            struct.pack("<QQQQ", self.seed, self.step, self.stream // 2, high) + self._canonical.encode()
+        )
+        digest = hashlib.blake2b(message, digest_size=16, person=b"trimtab mask").digest()
+        return struct.unpack("<4I", digest)
+
+
+def hash32(index: Tensor, key0: int, key1: int) -> Tensor:
+    """Hash 32-bit integers with two 32-bit keys (the function h of the module's docstring).
+
+    Args:
+        index: int32 tensor, read as unsigned; not changed.
+        key0: first key, in [0, 2^32).
+        key1: second key, in [0, 2^32).
+
+    Returns:
+        int32 tensor of the same shape: the hash's bits.
+    """
+    x = index + _signed(key0)
+    x.bitwise_xor_((x >> 16).bitwise_and_(0xFFFF))
+    x.mul_(_MULTIPLIER_1)
+    x.bitwise_xor_((x >> 15).bitwise_and_(0x1FFFF)).bitwise_xor_(_signed(key1))
+    x.mul_(_signed(_MULTIPLIER_2))
+    return x.bitwise_xor_((x >> 16).bitwise_and_(0xFFFF))
+
+
+def uniform_u32(
+    shape: Sequence[int], key: MaskKey, *, offset: int = 0, device: torch.device | str | None = None
+) -> Tensor:
+    """Draw the uniform 32-bit numbers U of ``key`` for a row-major range of indices.
+
+    Args:
+        shape: shape of the result.
+        key: what the numbers are a function of.
+        offset: 64-bit row-major index of the first entry in the unsharded tensor.
+        device: where to draw them.
+
+    Returns:
+        int64 tensor of ``shape`` with values in [0, 2^32).
+    """
+    flat = torch.empty(prod(shape), dtype=torch.int64, device=device)
+    for start, index, high in _index_chunks(flat.numel(), offset, flat.device):
+        k0, k1, k2, k3 = key.words(high)
+        coarse = _half(hash32(index, k0, k1), key.stream)
+        fine = _half(hash32(index, k2, k3), key.stream)
+        flat[start : start + index.numel()] = coarse.to(torch.int64).mul_(1 << 16).add_(fine)
+    return flat.view(tuple(shape))
+
+
+def bernoulli_mask(
+    shape: Sequence[int], p: float, key: MaskKey, *, offset: int = 0, device: torch.device | str | None = None
+) -> Tensor:
+    """Draw a mask that keeps each entry with probability ``p``, exact to 2⁻³².
+
+    Entry i is kept when U_i < round(p·2³²). (DARE, arXiv 2311.03099, Eq. 2, with a keyed source of
+    randomness.)
+
+    Args:
+        shape: shape of the mask, or of the shard that starts at ``offset``.
+        p: probability of keeping, in (0, 1].
+        key: what the mask is a function of.
+        offset: 64-bit row-major index of the first entry in the unsharded tensor.
+        device: where to draw it.
+
+    Returns:
+        bool tensor of ``shape``.
+
+    Example:
+        >>> key = MaskKey(seed=0, stream=UPDATE, step=1, name="lm_head.weight")
+        >>> whole = bernoulli_mask((4, 6), 0.5, key)
+        >>> bool((bernoulli_mask((2, 6), 0.5, key, offset=12) == whole[2:]).all())
+        True
+    """
+    if not 0 < p <= 1:
+        raise ValueError(f"probability must be in (0, 1], got {p}")
+    threshold = round(p * (1 << 32))
+    cell, rest = threshold >> 16, threshold & 0xFFFF
+    mask = torch.empty(prod(shape), dtype=torch.bool, device=device)
+    for start, index, high in _index_chunks(mask.numel(), offset, mask.device):
+        k0, k1, k2, k3 = key.words(high)
+        coarse = _half(hash32(index, k0, k1), key.stream)
+        kept = coarse < cell
+        if rest:
+            boundary = (coarse == cell).nonzero().squeeze(1)
+            kept[boundary] = _half(hash32(index[boundary], k2, k3), key.stream) < rest
+        mask[start : start + index.numel()] = kept
+    return mask.view(tuple(shape))
+
+
+def _half(word: Tensor, stream: int) -> Tensor:
+    return (word if stream % 2 else word >> 16).bitwise_and(0xFFFF)
+
+
+def _index_chunks(n: int, offset: int, device: torch.device) -> Iterator[tuple[int, Tensor, int]]:
+    """Yield (position, low 32 bits of the indices as int32, high bits) over ``offset … offset + n − 1``."""
+    done = 0
+    while done < n:
+        low, high = (offset + done) & 0xFFFFFFFF, (offset + done) >> 32
+        count = min(n - done, _CHUNK, (1 << 32) - low)
+        index = torch.arange(low, low + count, dtype=torch.int64, device=device).to(torch.int32)
+        yield done, index, high
+        done += count
+
+
+def _signed(word: int) -> int:
+    return word - (1 << 32) if word >= 1 << 31 else word
