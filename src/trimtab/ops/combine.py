@@ -115,7 +115,8 @@ def merge(
     Example:
         >>> import torch
         >>> mean = Operator(consensus="linear")
-        >>> merge(torch.zeros(2), [torch.ones(2), torch.full((2,), 3.0)], [0.5, 0.5], [1, 1], mean, [None, None]).tolist()
+        >>> models = [torch.ones(2), torch.full((2,), 3.0)]
+        >>> merge(torch.zeros(2), models, [0.5, 0.5], [1, 1], mean, [None, None]).tolist()
         [2.0, 2.0]
     """
     return anchor + combine(deltas, weights, reserve_rates, operator, keys)

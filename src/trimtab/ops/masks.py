@@ -7,7 +7,8 @@ The generator. For each parameter, step and *pair* of streams, BLAKE2b of (seed,
 canonical name) gives four 32-bit keys k0..k3. Entry i (row-major index in the unsharded tensor, low 32 bits)
 has two words, ``coarse = h(i; k0, k1)`` and ``fine = h(i; k2, k3)``, with the 32-bit integer hash
 
-    x = i + k0;  x ^= x >> 16;  x *= 0x7feb352d;  x ^= x >> 15;  x ^= k1;  x *= 0x846ca68b;  x ^= x >> 16   (mod 2^32).
+    x = i + k0;  x ^= x >> 16;  x *= 0x7feb352d;  x ^= x >> 15;
+    x ^= k1;     x *= 0x846ca68b;  x ^= x >> 16        (all mod 2^32).
 
 Even streams use the high halves of both words, odd streams the low halves: stream s has the uniform 32-bit
 number ``U = half(coarse) << 16 | half(fine)``. One word thus serves the masks of the update and of the

@@ -83,8 +83,8 @@ def stochastic_round(master: Tensor, dtype: torch.dtype, random: Tensor) -> Tens
     }
     if (master.dtype, dtype) not in layouts:
         raise ValueError(
-            f"stochastic rounding goes from fp32 to bf16 or fp16 and from fp64 to fp32, not {master.dtype} to
-            {dtype}"
+            "stochastic rounding goes from fp32 to bf16 or fp16 and from fp64 to fp32, "
+            f"not from {master.dtype} to {dtype}"
         )
     integer, dropped, smallest = layouts[master.dtype, dtype]
     low = (random >> (32 - dropped)).to(integer)

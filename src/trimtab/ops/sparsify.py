@@ -15,7 +15,8 @@ Sparsifier = Literal["none", "bernoulli", "top"]
 Rescale = Literal["none", "expected", "l1"]
 Counting = Literal["ceil", "floor"]
 
-_BLOCK = 4096  # entries per float64 partial sum of the L1 norm: fixed, so that the sum does not depend on the layout
+# Entries per float64 partial sum of the L1 norm: fixed, so that the sum does not depend on the layout.
+_BLOCK = 4096
 
 
 def top_count(n: int, p: float, counting: Counting = "ceil") -> int:
