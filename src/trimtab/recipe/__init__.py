@@ -1,5 +1,8 @@
 """The typed recipe of a training run, and everything that is checked about it before a model is loaded."""
 
+from trimtab.recipe.differences import Difference, recipe_differences, refuse_differences
+from trimtab.recipe.loading import load_recipe, make_recipe
+from trimtab.recipe.paths import local_path
 from trimtab.recipe.recipe import METHODS, DPORecipe, Recipe, SFTRecipe
 from trimtab.recipe.sections import (
     MERGING,
@@ -15,14 +18,17 @@ from trimtab.recipe.sections import (
     SFTLoss,
     Source,
 )
+from trimtab.recipe.training_fields import OWNED, cast_training_arguments
 
 __all__ = [
     "MERGING",
     "METHODS",
+    "OWNED",
     "Adapter",
     "DPOLoss",
     "DPORecipe",
     "Data",
+    "Difference",
     "Evaluation",
     "Group",
     "LearningRateSchedule",
@@ -33,4 +39,10 @@ __all__ = [
     "Schedule",
     "Schedules",
     "Source",
+    "cast_training_arguments",
+    "load_recipe",
+    "local_path",
+    "make_recipe",
+    "recipe_differences",
+    "refuse_differences",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from trimtab.recipe.values import (
     Flag,
@@ -24,6 +24,15 @@ from trimtab.recipe.values import (
 
 MERGING = ("ondare", "onties", "online_merging")
 """The optimizers that merge a reference delta in as they go."""
+
+MERGING_DEFAULTS = {
+    "merge_every": 1,
+    "rounding": "residual",
+    "merge_weight_follows_lr": False,
+    "policy_differs": False,
+    "without_delta": [],
+}
+"""What the settings of merging are when a merging optimizer is named and they are not given."""
 
 
 class Section(BaseModel):
@@ -143,7 +152,8 @@ class Optimizer(Section):
     lr: NonNegative
     """Learning rate at its peak; default 1e-6 for dpo and 2e-5 for sft."""
     betas: tuple[ShareBelowOne, ShareBelowOne] = (0.9, 0.999)
-    eps: Positive = 1e-8
+    eps: Positive | None = None
+    """Adam's epsilon; given by the fidelity when not set (1e-8; released: 1e-6)."""
     weight_decay: NonNegative = 0.0
     """Decoupled; applied before the update, never sparsified."""
     reserve_rate: PositiveShare | None = None
@@ -172,6 +182,18 @@ class Optimizer(Section):
     """Regular expressions for parameters the delta does not have; they take the plain step."""
     groups: tuple[Group, ...] = ()
     """Parameters with their own settings."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill(cls, values: Any) -> Any:
+        """Spell out the defaults of merging, which depend on the name."""
+        if not isinstance(values, dict) or values.get("name") not in MERGING:
+            return values
+        defaults = dict(MERGING_DEFAULTS)
+        if values["name"] != "online_merging":
+            defaults["fidelity"] = "paper"
+        given = {key: value for key, value in values.items() if value is not None}
+        return {**defaults, **given}
 
     @property
     def merges(self) -> bool:

@@ -1,0 +1,206 @@
+"""Combinations of settings that cannot be meant: each is refused with what to do instead."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from trimtab.recipe.problems import Key, Problem
+from trimtab.recipe.recipe import Recipe
+from trimtab.recipe.sections import MERGING, Optimizer, Schedule, SFTLoss
+
+NAME: Key = ("optimizer", "name")
+MERGE_SETTINGS = (
+    "reserve_rate",
+    "merge_weight",
+    "merge_every",
+    "fidelity",
+    "sparsify",
+    "consensus",
+    "rescale",
+    "redraw",
+    "rounding",
+    "merge_weight_follows_lr",
+    "policy_differs",
+    "without_delta",
+)
+
+
+def combination_problems(recipe: Recipe) -> Iterator[Problem]:
+    """Yield what does not fit together in a recipe whose values are right one by one."""
+    yield from _models(recipe)
+    if recipe.optimizer.merges:
+        yield from _reference_delta(recipe)
+        yield from _merging(recipe.optimizer)
+        yield from _pairing(recipe.optimizer)
+    else:
+        yield from _not_merging(recipe)
+    yield from _schedules(recipe)
+    yield from _loss_and_data(recipe)
+
+
+def _models(recipe: Recipe) -> Iterator[Problem]:
+    if recipe.model is None:
+        what = "the SFT model to start from" if recipe.method == "dpo" else "the model to start from"
+        first = "reference" if recipe.method == "dpo" else "model"
+        yield Problem((first,), f"is missing: method {recipe.method} needs {what}, a folder or a hub id")
+    if recipe.base is not None and recipe.delta is not None:
+        yield Problem(("delta",), "and base are both given; keep the one the reference delta is to come from")
+
+
+def _reference_delta(recipe: Recipe) -> Iterator[Problem]:
+    name = recipe.optimizer.name
+    if recipe.base is None and recipe.delta is None:
+        yield Problem(
+            ("base",),
+            f"is missing: optimizer {name} merges a reference delta; give base (the pretrained model) "
+            "or delta (made with trimtab delta)",
+            also=(NAME, ("delta",)),
+        )
+    if recipe.base is not None and recipe.base == recipe.reference:
+        yield Problem(
+            ("base",), "is the reference itself, so the reference delta would be zero", also=(("reference",),)
+        )
+    if recipe.adapter is not None and recipe.base is not None:
+        yield Problem(
+            ("adapter",),
+            "cannot go with base: the delta of two full models has no adapter weights; train without it, "
+            "or give a delta between two adapters",
+        )
+
+
+def _merging(optimizer: Optimizer) -> Iterator[Problem]:
+    keeps_all = optimizer.name == "online_merging" and optimizer.sparsify == "none"
+    if optimizer.merge_weight is None:
+        yield Problem(
+            ("optimizer", "merge_weight"), f"is missing: {optimizer.name} needs it, e.g. 1e-7", also=(NAME,)
+        )
+    if optimizer.reserve_rate is None and not keeps_all:
+        yield Problem(
+            ("optimizer", "reserve_rate"), f"is missing: {optimizer.name} needs it, e.g. 0.01", also=(NAME,)
+        )
+    if keeps_all and optimizer.reserve_rate not in (None, 1.0):
+        yield Problem(
+            ("optimizer", "reserve_rate"), "has no effect with sparsify none, which keeps every entry"
+        )
+    if optimizer.fidelity in ("released", "mergekit"):
+        for field in ("rescale", "redraw", "eps"):
+            if getattr(optimizer, field) is not None:
+                yield Problem(
+                    ("optimizer", field),
+                    f"is fixed by fidelity {optimizer.fidelity}; remove one of the two",
+                    also=(("optimizer", "fidelity"),),
+                )
+
+
+def _pairing(optimizer: Optimizer) -> Iterator[Problem]:
+    """The sparsifier, the consensus and what makes up for dropped entries."""
+    free = optimizer.name == "online_merging"
+    for field in ("sparsify", "consensus"):
+        given = getattr(optimizer, field) is not None
+        if given and not free:
+            yield Problem(
+                ("optimizer", field),
+                f"is given by the name {optimizer.name}; name online_merging to choose it",
+                also=(NAME,),
+            )
+        if free and not given:
+            yield Problem(
+                ("optimizer", field), "is missing: online_merging has no default for it", also=(NAME,)
+            )
+    if free and optimizer.fidelity is not None:
+        yield Problem(
+            ("optimizer", "fidelity"), "goes with ondare and onties; online_merging names every field"
+        )
+    sparsify = {"ondare": "bernoulli", "onties": "top"}.get(optimizer.name, optimizer.sparsify)
+    if optimizer.rescale == "expected" and sparsify in ("top", "none"):
+        yield Problem(
+            ("optimizer", "rescale"),
+            f"expected undoes random dropping, and {sparsify} drops nothing at random; take none or l1",
+            also=(NAME, ("optimizer", "sparsify")),
+        )
+
+
+def _not_merging(recipe: Recipe) -> Iterator[Problem]:
+    """Settings of merging beside an optimizer that does not merge would be silently without effect."""
+    known = ", ".join(MERGING)
+    hint = f"has no effect with optimizer {recipe.optimizer.name}; set it to null or name one of {known}"
+    for field in MERGE_SETTINGS:
+        if getattr(recipe.optimizer, field) is not None:
+            yield Problem(("optimizer", field), hint, also=(NAME,))
+    for index, group in enumerate(recipe.optimizer.groups):
+        for field in ("reserve_rate", "merge_weight", "merge_every"):
+            if getattr(group, field) is not None:
+                yield Problem(("optimizer", "groups", index, field), hint, also=(NAME,))
+    for field in ("merge_weight", "reserve_rate"):
+        if getattr(recipe.schedule, field) is not None:
+            yield Problem(("schedule", field), hint, also=(NAME,))
+
+
+def _schedules(recipe: Recipe) -> Iterator[Problem]:
+    for field in ("lr", "merge_weight", "reserve_rate"):
+        schedule: Schedule | None = getattr(recipe.schedule, field)
+        if schedule is None:
+            continue
+        key: Key = ("schedule", field)
+        if schedule.warmup_steps is not None and schedule.warmup_ratio is not None:
+            yield Problem((*key, "warmup_ratio"), "and warmup_steps are both given; keep one")
+        if schedule.type == "constant" and schedule.end is not None:
+            yield Problem((*key, "end"), "has no meaning for a constant schedule; take linear or cosine")
+        yield from _highest(recipe.optimizer, field, schedule)
+    if recipe.schedule.reserve_rate is not None:
+        yield from _reserve_rate_schedule(recipe.schedule.reserve_rate)
+    if recipe.optimizer.merge_weight_follows_lr and recipe.schedule.merge_weight is not None:
+        yield Problem(
+            ("schedule", "merge_weight"), "and optimizer.merge_weight_follows_lr are both given; keep one"
+        )
+
+
+def _highest(optimizer: Optimizer, field: str, schedule: Schedule) -> Iterator[Problem]:
+    """Alpha and p are shares: a schedule that ends above 1 takes them out of their range."""
+    if field == "lr" or schedule.end is None:
+        return
+    values = [getattr(optimizer, field), *(getattr(group, field) for group in optimizer.groups)]
+    top = max((value for value in values if value is not None), default=0.0)
+    if top * schedule.end > 1:
+        yield Problem(
+            ("schedule", field, "end"),
+            f"{schedule.end:g} takes {field} from {top:g} to {top * schedule.end:g}; it may end at 1 at most",
+            also=(("optimizer", field),),
+        )
+
+
+def _reserve_rate_schedule(schedule: Schedule) -> Iterator[Problem]:
+    key: Key = ("schedule", "reserve_rate")
+    if schedule.warmup_steps or schedule.warmup_ratio:
+        name = "warmup_steps" if schedule.warmup_steps else "warmup_ratio"
+        yield Problem((*key, name), "starts reserve_rate at 0, which keeps nothing; leave it out")
+    if schedule.type != "constant" and not schedule.end:
+        yield Problem((*key, "end"), "must be given and above 0: a reserve_rate of 0 keeps nothing")
+
+
+def _loss_and_data(recipe: Recipe) -> Iterator[Problem]:
+    if (
+        not isinstance(recipe.loss, SFTLoss)
+        and recipe.loss.type == "exo_pair"
+        and not recipe.loss.label_smoothing
+    ):
+        yield Problem(("loss", "label_smoothing"), "must be above 0 for the loss exo_pair, e.g. 1e-3")
+    if recipe.data.streaming and not _positive(recipe.training.get("max_steps")):
+        yield Problem(
+            ("training", "max_steps"),
+            "is missing: with data.streaming the number of rows is not known beforehand",
+        )
+    if recipe.data.eval is None:
+        if recipe.evaluation.every is not None:
+            yield Problem(("evaluation", "every"), "needs data.eval: there is nothing to measure on")
+        if recipe.evaluation.samples and not recipe.evaluation.prompts:
+            yield Problem(
+                ("evaluation", "samples"), "needs data.eval (or evaluation.prompts) to take prompts from"
+            )
+
+
+def _positive(value: object) -> bool:
+    try:
+        return float(str(value)) > 0
+    except ValueError:
+        return False
