@@ -19,6 +19,7 @@ MERGE_SETTINGS = (
     "rescale",
     "redraw",
     "rounding",
+    "measure_every",
     "merge_weight_follows_lr",
     "policy_differs",
     "without_delta",
@@ -70,20 +71,12 @@ def _reference_delta(recipe: Recipe) -> Iterator[Problem]:
 
 def _merging(optimizer: Optimizer) -> Iterator[Problem]:
     keeps_all = optimizer.name == "online_merging" and optimizer.sparsify == "none"
-    if optimizer.merge_weight is None:
-        yield Problem(
-            ("optimizer", "merge_weight"), f"is missing: {optimizer.name} needs it, e.g. 1e-7", also=(NAME,)
-        )
-    if optimizer.reserve_rate is None and not keeps_all:
-        yield Problem(
-            ("optimizer", "reserve_rate"), f"is missing: {optimizer.name} needs it, e.g. 0.01", also=(NAME,)
-        )
     if keeps_all and optimizer.reserve_rate not in (None, 1.0):
         yield Problem(
             ("optimizer", "reserve_rate"), "has no effect with sparsify none, which keeps every entry"
         )
     if optimizer.fidelity in ("released", "mergekit"):
-        for field in ("rescale", "redraw", "eps"):
+        for field in ("consensus", "rescale", "redraw", "eps"):
             if getattr(optimizer, field) is not None:
                 yield Problem(
                     ("optimizer", field),
@@ -95,15 +88,14 @@ def _merging(optimizer: Optimizer) -> Iterator[Problem]:
 def _pairing(optimizer: Optimizer) -> Iterator[Problem]:
     """The sparsifier, the consensus and what makes up for dropped entries."""
     free = optimizer.name == "online_merging"
+    if optimizer.sparsify is not None and not free:
+        yield Problem(
+            ("optimizer", "sparsify"),
+            f"is given by the name {optimizer.name}; name online_merging to choose it",
+            also=(NAME,),
+        )
     for field in ("sparsify", "consensus"):
-        given = getattr(optimizer, field) is not None
-        if given and not free:
-            yield Problem(
-                ("optimizer", field),
-                f"is given by the name {optimizer.name}; name online_merging to choose it",
-                also=(NAME,),
-            )
-        if free and not given:
+        if free and getattr(optimizer, field) is None:
             yield Problem(
                 ("optimizer", field), "is missing: online_merging has no default for it", also=(NAME,)
             )

@@ -26,8 +26,11 @@ MERGING = ("ondare", "onties", "online_merging")
 """The optimizers that merge a reference delta in as they go."""
 
 MERGING_DEFAULTS = {
+    "reserve_rate": 0.01,
+    "merge_weight": 1e-7,
     "merge_every": 1,
-    "rounding": "residual",
+    "rounding": "auto",
+    "measure_every": 100,
     "merge_weight_follows_lr": False,
     "policy_differs": False,
     "without_delta": [],
@@ -157,9 +160,9 @@ class Optimizer(Section):
     weight_decay: NonNegative = 0.0
     """Decoupled; applied before the update, never sparsified."""
     reserve_rate: PositiveShare | None = None
-    """p: share of entries the sparsifier keeps."""
+    """p: share of entries the sparsifier keeps; 0.01 when not given."""
     merge_weight: Share | None = None
-    """alpha: how much of the reference delta goes in at every merge."""
+    """alpha: how much of the reference delta goes in at every merge; 1e-7 when not given."""
     merge_every: PositiveCount | None = None
     """K: steps between merges; 1 when not given."""
     fidelity: Literal["paper", "released", "mergekit"] | None = None
@@ -167,13 +170,15 @@ class Optimizer(Section):
     sparsify: Literal["none", "bernoulli", "top"] | None = None
     """F; given by the name for ondare (bernoulli) and onties (top)."""
     consensus: Literal["linear", "sign", "sign_unweighted"] | None = None
-    """(+); given by the name for ondare (linear) and onties (sign)."""
+    """(+); given by name and fidelity when not set (ondare: linear, onties: sign)."""
     rescale: Literal["none", "expected", "l1"] | None = None
     """What makes up for the dropped entries; given by the fidelity when not set."""
     redraw: Flag | None = None
     """Draw tau's mask anew at every merge, or once; given by the fidelity when not set."""
-    rounding: Literal["residual", "stochastic", "none"] | None = None
-    """How parameters below fp32 keep small updates; residual when not given."""
+    rounding: Literal["auto", "nearest", "residual", "stochastic"] | None = None
+    """How small updates survive rounding; auto (when not given): a 16-bit residual below fp32."""
+    measure_every: PositiveCount | None = None
+    """Steps between measurements of what share of a merge arrives; 100 when not given."""
     merge_weight_follows_lr: Flag | None = None
     """Scale alpha with the learning rate's schedule."""
     policy_differs: Flag | None = None
@@ -192,6 +197,8 @@ class Optimizer(Section):
         defaults = dict(MERGING_DEFAULTS)
         if values["name"] != "online_merging":
             defaults["fidelity"] = "paper"
+        elif values.get("sparsify") == "none":
+            del defaults["reserve_rate"]
         given = {key: value for key, value in values.items() if value is not None}
         return {**defaults, **given}
 

@@ -195,8 +195,4 @@ def _spoken(option: Any) -> str:
     kind = get_origin(option) or option
     if kind is Literal:
         return " or ".join(spelled(word) for word in get_args(option))
-    return (
-        names.get(kind)
-        or {dict: "a mapping", list: "a list"}.get(kind)
-        or getattr(kind, "__name__", str(kind))
-    )
+    return names.get(kind) or str(getattr(kind, "__name__", kind))

@@ -23,7 +23,7 @@ def model_folder_problem(folder: Path) -> str | None:
             file.name for suffix in ("*.bin", "*.pt", "*.pth", "*.ckpt") for file in folder.glob(suffix)
         )
         if pickles:
-            return f"{str(folder)!r} holds pickle weights ({pickles[0]}), which are never read; save it as safetensors"
+            return f"{str(folder)!r} holds pickled weights ({pickles[0]}), never read here; save it as safetensors"
         return f"{str(folder)!r} has no safetensors weights"
     if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
         return f"{str(folder)!r} has no config.json, so it is not a model folder"
@@ -46,7 +46,7 @@ def _missing_shard(folder: Path) -> str | None:
 def safetensors_problem(file: Path) -> str | None:
     """Return what is wrong with a safetensors file's header or size, or None.
 
-    The file is an 8-byte length, a JSON header of that length with the extent of each tensor, and the tensors.
+    The file is an 8-byte length, a JSON header of that length with each tensor's extent, and the tensors.
     """
     size = file.stat().st_size
     with file.open("rb") as handle:
