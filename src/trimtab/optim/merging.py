@@ -1,0 +1,216 @@
+"""The merge that OnDARE, OnTIES and OnlineMerging share: τ by name, masks by key, one bracket added once."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from trimtab.errors import UserError
+from trimtab.ops import DELTA, UPDATE, MaskKey, Preset, canonical_name, combine, combine_parts, sparsify
+from trimtab.optim.arrival import ArrivalMeter
+from trimtab.optim.precision import Rounding
+
+if TYPE_CHECKING:
+    from trimtab.delta import ReferenceDelta
+
+ANCHOR, DECAY, SINCE = "merge_anchor", "merge_decay", "merge_since"
+
+
+@dataclass
+class Merging:
+    """What is merged and how; holds τ by canonical name, never in the optimizer's state.
+
+    Args:
+        delta: the reference delta τ.
+        preset: operator and its place in the step.
+        seed: seed of every mask.
+        rounding: how parameters are stored (see :mod:`~trimtab.optim.precision`).
+        policy_differs: skip the check that a fresh policy equals the reference.
+        without_delta: regular expressions (``re.search``) on canonical names of the parameters that take the
+            plain step.
+        force_merge: run the arithmetic where the merge is the identity; for tests.
+    """
+
+    delta: ReferenceDelta
+    preset: Preset
+    seed: int = 0
+    rounding: Rounding = "auto"
+    policy_differs: bool = False
+    without_delta: Sequence[str] = ()
+    force_merge: bool = False
+    meter: ArrivalMeter | None = field(default=None, repr=False)
+    _tau: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    _fixed: dict[str, tuple[float, Tensor]] = field(default_factory=dict, repr=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_tau": {}, "_fixed": {}, "meter": None}
+
+    # -- what belongs to what
+
+    def identity(self, merge_every: int) -> str:
+        """What a saved state must agree with, readable: τ's content hash and the fields that define the
+        merge.
+        """
+        operator = self.preset.operator
+        return (
+            f"tau={self.delta.fingerprint} sparsify={operator.sparsify} rescale={operator.rescale} "
+            f"consensus={operator.consensus} redraw={self.preset.redraw} "
+            f"merge_every={merge_every} seed={self.seed}"
+        )
+
+    def merges(self, name: str) -> bool:
+        """Whether the parameter has a delta."""
+        return name in self.delta
+
+    def check_names(self, parameters: Iterable[tuple[str, Tensor]]) -> None:
+        """Refuse parameters that have no delta and match no pattern, shapes that differ, and idle
+        patterns.
+        """
+        parameters = list(parameters)
+        patterns = [re.compile(pattern) for pattern in self.without_delta]
+        idle = [p.pattern for p in patterns if not any(p.search(name) for name, _ in parameters)]
+        if idle:
+            raise UserError(f"without_delta pattern {idle[0]!r} matches no parameter of the optimizer")
+        absent = [
+            name
+            for name, p in parameters
+            if p.requires_grad and not self.merges(name) and not any(q.search(name) for q in patterns)
+        ]
+        if absent:
+            raise UserError(
+                f"{len(absent)} trained parameters have no reference delta ({_some(absent)}); build the "
+                "delta from this model's reference and base, or name them in without_delta to give them the "
+                "plain step"
+            )
+        differing = [
+            f"{name} is {tuple(p.shape)}, its delta {tuple(self.delta.shape(name))}"
+            for name, p in parameters
+            if self.merges(name) and tuple(p.shape) != tuple(self.delta.shape(name))
+        ]
+        if differing:
+            raise UserError(
+                f"{len(differing)} parameters differ in shape from the reference delta: {_some(differing)}"
+            )
+
+    def check_policy(self, parameters: Iterable[tuple[str, Tensor]]) -> None:
+        """Refuse a fresh policy that is not the reference: τ would be the wrong direction."""
+        if self.policy_differs:
+            return
+        parameters = [(name, p) for name, p in parameters if self.merges(name)]
+        other = [name for name, p in parameters if not self.delta.reference_matches(name, p.detach())]
+        if other:
+            raise UserError(
+                f"the policy differs from the delta's reference {self.delta.reference.source!r} in "
+                f"{len(other)} of {len(parameters)} parameters ({_some(other)}); start from the reference, "
+                "or pass policy_differs=True"
+            )
+
+    # -- one parameter
+
+    def skips(self, name: str, group: dict[str, Any]) -> bool:
+        """Whether the plain step is the whole step: no delta, or α = 0 with F the identity."""
+        if not self.merges(name):
+            return True
+        identity = self.preset.operator.is_identity_on_first(_weights(group), group["reserve_rate"])
+        return identity and not self.force_merge
+
+    def open_interval(self, state: dict[str, Any], master: Tensor) -> None:
+        """Begin an interval of K steps at ``master``: keep the anchor, no decay yet, no step yet."""
+        state[ANCHOR] = master.detach().clone()
+        state[DECAY] = 1.0
+        state[SINCE] = 0
+
+    def accumulated(
+        self, state: dict[str, Any], master: Tensor, update: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Return (c·anchor, Δ_c = (θ − c·anchor) + Δ) for the interval in ``state``."""
+        anchor: Tensor = state[ANCHOR].to(master.dtype)
+        base = anchor if state[DECAY] == 1.0 else anchor * state[DECAY]
+        moved = master - base
+        if update is None:
+            return base, moved.to(torch.float64 if moved.dtype == torch.float64 else torch.float32)
+        return base, moved.to(update.dtype) + update
+
+    def merge_into(
+        self,
+        master: Tensor,
+        base: Tensor,
+        update: Tensor,
+        *,
+        name: str,
+        group: dict[str, Any],
+        step: int,
+        stored: torch.dtype,
+    ) -> None:
+        """Set ``master ← base + ((1−α)·F(Δ)) ⊕ (α·F(τ))``, the bracket formed in Δ's dtype and added once.
+
+        Args:
+            master: where the result goes.
+            base: θ after decay, or c·anchor.
+            update: Δ or Δ_c; its dtype is that of the arithmetic.
+            name: canonical parameter name.
+            group: its param group: α and p.
+            step: the parameter's own step count, which keys the masks.
+            stored: dtype in which the sum is kept, for the arriving share.
+        """
+        tau, tau_rate = self._delta_term(name, update, group["reserve_rate"])
+        keys = [MaskKey(self.seed, UPDATE, step, name), MaskKey(self.seed, DELTA, step, name)]
+        arguments = (
+            [update, tau],
+            _weights(group),
+            [group["reserve_rate"], tau_rate],
+            self.preset.operator,
+            keys,
+        )
+        if self.meter is None:
+            bracket = combine(*arguments)
+        else:
+            parts = combine_parts(*arguments)
+            bracket = parts[0] + parts[1]
+            self.meter.add(base, parts, stored)
+        torch.add(base, bracket, out=master)
+
+    def _delta_term(self, name: str, like: Tensor, rate: float) -> tuple[Tensor, float]:
+        """τ with the rate it is still to be sparsified at: 1 where F(τ) does not change and was kept."""
+        preset = self.preset
+        tau = self._tau.get(name)
+        if tau is None or (tau.device, tau.dtype) != (like.device, like.dtype):
+            tau = self._tau[name] = self.delta.tensor(name, dtype=like.dtype).to(like.device)
+            self._fixed.pop(name, None)
+        if preset.redraw and preset.operator.sparsify != "top":
+            return tau, rate
+        if name not in self._fixed or self._fixed[name][0] != rate:
+            operator, key = preset.operator, MaskKey(self.seed, DELTA, 0, name)
+            kept = sparsify(
+                tau, operator.sparsify, rate, rescale=operator.rescale, key=key, counting=operator.counting
+            )
+            self._fixed[name] = (
+                rate,
+                kept if preset.clamp is None else kept.clamp(-preset.clamp, preset.clamp),
+            )
+        return self._fixed[name][1], 1.0
+
+
+def named(groups: Iterable[dict[str, Any]]) -> list[tuple[str, Tensor]]:
+    """(canonical name, parameter) over all groups, in order."""
+    return [
+        (canonical_name(name), p)
+        for group in groups
+        for name, p in zip(group["param_names"], group["params"], strict=True)
+    ]
+
+
+def _weights(group: dict[str, Any]) -> tuple[float, float]:
+    alpha = group["merge_weight"]
+    if group.get("merge_weight_follows_lr"):
+        alpha = alpha * float(group["lr"]) / group["merge_base_lr"]
+    return 1.0 - alpha, alpha
+
+
+def _some(items: Sequence[str], count: int = 3) -> str:
+    return ", ".join(items[:count]) + (", …" if len(items) > count else "")

@@ -1,0 +1,219 @@
+"""What OnDARE, OnTIES and OnlineMerging have in common as torch optimizers: groups, schedules, saved
+state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from trimtab.errors import IncompatibleState, UserError, unknown
+from trimtab.optim.arrival import Arrival, ArrivalMeter, warn_if_lost
+from trimtab.optim.merging import SINCE, Merging, named
+
+SCHEDULED = ("merge_weight", "reserve_rate")
+_IDENTITY, _CHECKED, _STEP = "merge_identity", "merge_policy_checked", "merge_step"
+
+
+class MergingShell(Optimizer):
+    """The part of an online merging optimizer that is not its step.
+
+    Subclasses call :meth:`_start` when they are built, :meth:`_prepare_groups` when groups are added,
+    :meth:`_before_step` and :meth:`_after_step` around their step.
+    """
+
+    merging: Merging
+    measure_every: int
+    _schedules: list[tuple[str, Callable[[int], float], int | None]]
+    _arrival: Arrival | None
+    _warned: bool
+    _names_checked: bool
+    _measure_from: int
+
+    def _start(self, merging: Merging, measure_every: int) -> None:
+        self.merging, self.measure_every = merging, measure_every
+        self._schedules, self._arrival, self._warned = [], None, False
+        self._names_checked, self._measure_from = False, 0
+
+    @property
+    def arrival(self) -> Arrival | None:
+        """Shares of α·F(τ) and of Δ that arrived in the parameters, at the last step that measured them."""
+        return self._arrival
+
+    def merge_now(self) -> int:
+        """Merge what is pending in intervals of K > 1 steps. Returns the number of parameters merged."""
+        raise NotImplementedError
+
+    def pending(self) -> int:
+        """Number of parameters that have moved since their last merge (always 0 for K = 1)."""
+        return sum(
+            1 for group in self.param_groups for p in group["params"] if self.state[p].get(SINCE, 0) > 0
+        )
+
+    # -- groups
+
+    def _prepare_groups(self, defaults: dict[str, Any]) -> None:
+        for group in self.param_groups:
+            if "param_names" not in group:
+                raise UserError(
+                    "online merging finds τ by name: pass model.named_parameters(), or groups of "
+                    "(name, parameter) pairs, instead of model.parameters()"
+                )
+            for key, value in defaults.items():
+                group.setdefault(key, value)
+            _check_group(group)
+            group.setdefault("merge_base_lr", float(group["lr"]) if group["lr"] is not None else 1.0)
+            group.setdefault(_IDENTITY, None)
+            group.setdefault(_CHECKED, False)
+            group.setdefault(_STEP, 0)
+        self._names_checked = False
+
+    def _before_step(self) -> None:
+        parameters = named(self.param_groups)
+        if not self._names_checked:
+            _refuse_unsupported(parameters)
+            self.merging.check_names(parameters)
+            self._write_identities()
+            self._names_checked = True
+        for group in self.param_groups:
+            if not group[_CHECKED] and moves(group):
+                self.merging.check_policy(named([group]))
+                group[_CHECKED] = True
+        self._apply_schedules()
+        step = max((group[_STEP] for group in self.param_groups), default=0)
+        measures = self.measure_every and step >= self._measure_from
+        self.merging.meter = ArrivalMeter() if measures else None
+
+    def _after_step(self) -> None:
+        for group in self.param_groups:
+            group[_STEP] += 1
+        meter, self.merging.meter = self.merging.meter, None
+        if meter is None:
+            return
+        if meter.counted:  # between merges there is nothing to measure: the next merge is
+            self._arrival = meter.result(max(group[_STEP] for group in self.param_groups))
+            self._measure_from = self._arrival.step - 1 + self.measure_every
+            self._warned = self._warned or warn_if_lost(self._arrival)
+
+    def _apply_schedules(self) -> None:
+        for key, fn, only in self._schedules:
+            for i, group in enumerate(self.param_groups):
+                if only is None or i == only:
+                    group[key] = float(fn(group[_STEP]))
+                    _check_group(group)
+
+    # -- saved state
+
+    def _write_identities(self) -> None:
+        for group in self.param_groups:
+            group[_IDENTITY] = self.merging.identity(group["merge_every"])
+
+    def _check_identities(self, state_dict: dict[str, Any]) -> None:
+        for i, (ours, saved) in enumerate(zip(self.param_groups, state_dict["param_groups"], strict=False)):
+            identity = self.merging.identity(ours["merge_every"])
+            found = saved.get(_IDENTITY)
+            if found is None:
+                raise IncompatibleState(
+                    f"the saved optimizer state (group {i}) was not written by an online merging optimizer; "
+                    "resume with the optimizer that wrote it, or start a new run"
+                )
+            if found != identity:
+                pairs = zip(found.split(), identity.split(), strict=False)
+                differing = [f"{a} (here {b.split('=')[1]})" for a, b in pairs if a != b]
+                raise IncompatibleState(
+                    f"the saved optimizer state (group {i}) belongs to another merge: it has "
+                    f"{', '.join(differing)}; resume with the same delta, method and seed, or start a new run"
+                )
+
+    def _restore_dtypes(self, state_dict: dict[str, Any]) -> None:
+        """Undo the cast of float state to the parameter's dtype that ``Optimizer.load_state_dict`` makes."""
+        saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        for saved_id, p in zip(saved_ids, parameters, strict=True):
+            for key, value in state_dict["state"].get(saved_id, {}).items():
+                if isinstance(value, Tensor) and self.state[p][key].dtype != value.dtype:
+                    self.state[p][key] = value.detach().to(p.device, copy=True)
+
+
+def schedule(
+    optimizer: Optimizer, key: str, fn: Callable[[int], float], *, group: int | None = None
+) -> Optimizer:
+    """Let ``merge_weight`` or ``reserve_rate`` follow a function of the step; torch's schedulers reach ``lr``
+    only.
+
+    Before each step, ``param_groups[i][key] = fn(t)`` with t = 0, 1, … the number of steps taken. The value
+    and t are saved with the optimizer and t continues after a resume; ``fn`` is code and is registered anew.
+
+    Args:
+        optimizer: an online merging optimizer, or a wrapper (accelerate's) around one.
+        key: ``merge_weight`` or ``reserve_rate``.
+        fn: step → value, in the key's range.
+        group: index of the only param group it acts on; default all.
+
+    Returns:
+        The optimizer.
+
+    Raises:
+        UserError: unknown key, no online merging optimizer, or a value out of range.
+
+    Example:
+        >>> import trimtab
+        >>> # α warms up over 100 steps:
+        >>> # trimtab.schedule(opt, "merge_weight", lambda t: 1e-7 * min(1, t / 100))
+    """
+    inner = optimizer
+    while not isinstance(inner, MergingShell) and hasattr(inner, "optimizer"):
+        inner = inner.optimizer
+    if not isinstance(inner, MergingShell):
+        raise UserError(f"schedule needs OnDARE, OnTIES or OnlineMerging, got {type(optimizer).__name__}")
+    if key not in SCHEDULED:
+        raise unknown("scheduled key", key, SCHEDULED)
+    if group is not None and not 0 <= group < len(inner.param_groups):
+        raise UserError(f"group {group} does not exist: the optimizer has {len(inner.param_groups)} groups")
+    inner._schedules.append((key, fn, group))
+    inner._apply_schedules()
+    return optimizer
+
+
+def _check_group(group: dict[str, Any]) -> None:
+    if not 0 < group["reserve_rate"] <= 1:
+        raise UserError(f"reserve_rate must be in (0, 1], got {group['reserve_rate']}")
+    if not 0 <= group["merge_weight"] <= 1:
+        raise UserError(f"merge_weight must be in [0, 1], got {group['merge_weight']}")
+    if not isinstance(group["merge_every"], int) or group["merge_every"] < 1:
+        raise UserError(f"merge_every must be an integer ≥ 1, got {group['merge_every']!r}")
+
+
+def _refuse_unsupported(parameters: Iterable[tuple[str, Tensor]]) -> None:
+    for name, p in parameters:
+        if isinstance(p, DTensor):
+            raise UserError(
+                f"{name} is sharded (DTensor): online merging runs on unsharded parameters (DDP) so far"
+            )
+        if not p.dtype.is_floating_point or p.dtype.itemsize < 2:
+            raise UserError(
+                f"{name} has dtype {p.dtype}; online merging trains fp64, fp32, bf16 and fp16 parameters"
+            )
+
+
+def moves(group: dict[str, Any]) -> bool:
+    """Whether a step with this group's learning rate may move weights: lr = 0 moves nothing.
+
+    Checkpoint loaders take a phantom step at lr = 0 to make an optimizer create its state.
+    """
+    return group["lr"] is None or float(group["lr"]) != 0
+
+
+def dense_grad(name: str, p: Tensor) -> Tensor:
+    """The parameter's gradient; a sparse one is refused."""
+    assert p.grad is not None
+    if p.grad.layout != torch.strided:
+        raise UserError(
+            f"{name} has a sparse gradient; online merging needs dense ones (Embedding(sparse=False))"
+        )
+    return p.grad
