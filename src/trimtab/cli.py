@@ -1,6 +1,6 @@
 """The command ``trimtab``: which commands there are, what they take, and how their failures are said.
 
-Nothing heavy is imported here: a command's work is imported when it runs, so that ``--help`` costs milliseconds.
+Nothing heavy is imported here: a command's work is imported when it runs, so ``--help`` costs little.
 
 Exit codes: 0 success; 2 a user's mistake, said in one sentence; 1 a failure; 130 Ctrl-C; 143 SIGTERM.
 """
@@ -89,6 +89,7 @@ def _declare_train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "overrides",
         nargs="*",
+        default=[],
         metavar="key=value",
         help="recipe keys set otherwise, such as optimizer.lr=1e-6",
     )
@@ -117,7 +118,7 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _config_class(method: str) -> type:
-    """The trainer's config class; only ``train`` imports TRL, and only a recipe with a training section needs it."""
+    """The trainer's config class; TRL is imported for it, and only where there is a training section."""
     from trimtab.train.arguments import config_class
 
     return config_class(method)

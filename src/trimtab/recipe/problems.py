@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
@@ -48,6 +49,11 @@ class Places:
             path = path[:-1]
         return self._places.get(path) if path else None
 
+    def order(self, key: Key) -> tuple[int, int]:
+        """Return what sorts keys as they are read: by line, then the overrides, then what was not written."""
+        place = self.of(key) or ""
+        return (0, int(place[5:])) if place.startswith("line ") else (1 if place else 2, 0)
+
     def say(self, problem: Problem) -> str:
         """Return the problem as a line: where it was written, the key, and what is wrong."""
         place = self.of(problem.key)
@@ -67,7 +73,8 @@ def dotted(key: Iterable[str | int]) -> str:
 
 def refusal(source: str, problems: Sequence[Problem], places: Places) -> UserError:
     """Return the error that lists all ``problems``: one sentence for one, a line for each of several."""
-    lines = list(dict.fromkeys(places.say(problem) for problem in problems))
+    ordered = sorted(problems, key=lambda problem: places.order(problem.key))
+    lines = list(dict.fromkeys(places.say(problem) for problem in ordered))
     if len(lines) == 1:
         comma = ", " if lines[0].startswith(("line ", "override ")) else ": "
         return UserError(f"{source}{comma}{lines[0]}")
@@ -128,9 +135,10 @@ def _method_of(key: Key) -> str | None:
 
 
 def _wrong_word(details: ErrorDetails, key: Key, model: type[BaseModel]) -> str:
-    close = nearest(str(details["input"]), details["ctx"]["expected"].replace("'", "").split(", "))
-    hint = f"; did you mean {close!r}?" if close else ""
-    return f"must be {details['ctx']['expected']}, not {spelled(details['input'])}{hint}"
+    close = nearest(str(details["input"]), re.findall(r"'([^']*)'", details["ctx"]["expected"]))
+    if close:
+        return f"{spelled(details['input'])} is not known; did you mean {close!r}?"
+    return f"must be {details['ctx']['expected']}, not {spelled(details['input'])}"
 
 
 def _missing(details: ErrorDetails, key: Key, model: type[BaseModel]) -> str:

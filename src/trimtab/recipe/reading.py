@@ -109,10 +109,18 @@ def lay_over(values: dict[str, Any], places: Written, overrides: Iterable[str]) 
                 f"the value of the override {override!r} is not YAML: {_say_yaml(error)}"
             ) from None
         _put(result, key, value, override)
-        for length in range(1, len(key) + 1):
+        for length in range(1, len(key)):
             places.setdefault(key[:length], f"override {override!r}")
-        places[key] = f"override {override!r}"
+        for part in _keys_of(value, key):
+            places[part] = f"override {override!r}"
     return result
+
+
+def _keys_of(value: Any, key: Key) -> Iterator[Key]:
+    yield key
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for part, item in items:
+        yield from _keys_of(item, (*key, part))
 
 
 def _copied(value: Any) -> Any:

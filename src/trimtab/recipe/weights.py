@@ -23,7 +23,7 @@ def model_folder_problem(folder: Path) -> str | None:
             file.name for suffix in ("*.bin", "*.pt", "*.pth", "*.ckpt") for file in folder.glob(suffix)
         )
         if pickles:
-            return f"{str(folder)!r} holds pickled weights ({pickles[0]}), never read here; save it as safetensors"
+            return f"{str(folder)!r} holds pickled weights ({pickles[0]}), unread here; save as safetensors"
         return f"{str(folder)!r} has no safetensors weights"
     if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
         return f"{str(folder)!r} has no config.json, so it is not a model folder"
