@@ -1,0 +1,358 @@
+"""OnDARE, OnTIES and OnlineMerging as torch optimizers: groups, state, schedules, refusals."""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import pytest
+import torch
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+
+import trimtab
+from tests.unit.optim.conftest import flat, small_model, take_step
+from trimtab import OnDARE, OnlineMerging, OnTIES, UserError
+from trimtab.errors import IncompatibleState
+
+SETTINGS = {"reserve_rate": 0.5, "merge_weight": 1e-3}
+
+
+def ondare(model, delta, **kw):
+    return OnDARE(model.named_parameters(), delta, **{"lr": 1e-2, **SETTINGS, **kw})
+
+
+def onties(model, delta, **kw):
+    return OnTIES(model.named_parameters(), delta, **{"lr": 1e-2, **SETTINGS, **kw})
+
+
+def around_sgd(model, delta, *, lr=1e-2, weight_decay=0.0, **kw):
+    inner = torch.optim.SGD(model.named_parameters(), lr=lr, momentum=0.9, weight_decay=weight_decay)
+    return OnlineMerging(inner, delta, **{**SETTINGS, **kw})
+
+
+def around_adamw(model, delta, *, lr=1e-2, weight_decay=0.0, **kw):
+    inner = torch.optim.AdamW(model.named_parameters(), lr=lr, weight_decay=weight_decay)
+    return OnlineMerging(inner, delta, **{**SETTINGS, **kw})
+
+
+def around_adafactor(model, delta, *, lr=1e-2, weight_decay=0.0, **kw):
+    inner = torch.optim.Adafactor(model.named_parameters(), lr=lr, weight_decay=weight_decay)
+    return OnlineMerging(inner, delta, **{**SETTINGS, **kw})
+
+
+MAKERS = [ondare, onties, around_sgd, around_adamw, around_adafactor]
+every_optimizer = pytest.mark.parametrize("make", MAKERS, ids=lambda make: make.__name__)
+every_gap = pytest.mark.parametrize("gap", [1, 3])
+
+
+@every_optimizer
+@every_gap
+def test_saved_and_loaded_in_the_middle_equals_going_on(make, gap, policy, delta):
+    optimizer = make(policy, delta, merge_every=gap, weight_decay=0.1)
+    for t in range(4):
+        take_step(policy, optimizer, t)
+    file = io.BytesIO()
+    torch.save({"model": policy.state_dict(), "optimizer": optimizer.state_dict()}, file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    other = small_model(5)
+    other.load_state_dict(saved["model"])
+    resumed = make(other, delta, merge_every=gap, weight_decay=0.1)
+    resumed.load_state_dict(saved["optimizer"])
+    for t in range(4, 9):
+        take_step(policy, optimizer, t)
+        take_step(other, resumed, t)
+    assert torch.equal(flat(policy), flat(other))
+
+
+@every_optimizer
+@every_gap
+def test_resume_through_distributed_checkpoint_and_its_phantom_step(make, gap, policy, delta):
+    optimizer = make(policy, delta, merge_every=gap)
+    for t in range(4):
+        take_step(policy, optimizer, t)
+    saved = copy.deepcopy(get_optimizer_state_dict(policy, optimizer))
+    other = small_model(5)
+    other.load_state_dict(policy.state_dict())
+    before = flat(other)
+    resumed = make(other, delta, merge_every=gap)
+    set_optimizer_state_dict(other, resumed, saved)
+    assert torch.equal(flat(other), before), "the loader's phantom step moved weights"
+    for t in range(4, 9):
+        take_step(policy, optimizer, t)
+        take_step(other, resumed, t)
+    assert torch.equal(flat(policy), flat(other))
+
+
+@every_optimizer
+@every_gap
+def test_zero_learning_rate_moves_nothing(make, gap, policy, delta):
+    optimizer = make(policy, delta, merge_every=gap, weight_decay=0.1)
+    for t in range(gap - 1):
+        take_step(policy, optimizer, t)
+    before = flat(policy)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    for t in range(4):
+        take_step(policy, optimizer, 10 + t)
+    assert torch.equal(flat(policy), before)
+    for group in optimizer.param_groups:
+        group["lr"] = 1e-2
+    take_step(policy, optimizer, 20)
+    assert optimizer.pending() == 0, "the merge that fell due waits for the first step that may move"
+
+
+@every_optimizer
+def test_tau_is_never_in_the_state(make, policy, delta):
+    optimizer = make(policy, delta)
+    take_step(policy, optimizer, 0)
+    taus = [delta.tensor(name) for name in delta.names()]
+    for state in optimizer.state_dict()["state"].values():
+        for value in state.values():
+            if isinstance(value, torch.Tensor):
+                assert not any(value.shape == tau.shape and torch.equal(value, tau) for tau in taus)
+
+
+@every_optimizer
+def test_a_deep_copy_goes_on_by_itself(make, policy, delta):
+    optimizer = make(policy, delta)
+    take_step(policy, optimizer, 0)
+    twin_policy, twin = copy.deepcopy((policy, optimizer))
+    take_step(policy, optimizer, 1)
+    assert not torch.equal(flat(policy), flat(twin_policy))
+    take_step(twin_policy, twin, 1)
+    assert torch.equal(flat(policy), flat(twin_policy))
+
+
+@every_optimizer
+def test_frozen_and_gradless_parameters_are_untouched(make, policy, delta):
+    policy[0].bias.requires_grad_(False)
+    optimizer = make(policy, delta, weight_decay=0.1)
+    frozen, gradless = policy[0].bias.clone(), policy[2].weight.clone()
+    policy(torch.ones(7)).sum().backward()
+    policy[2].weight.grad = None
+    optimizer.step()
+    assert torch.equal(policy[0].bias, frozen)
+    assert torch.equal(policy[2].weight, gradless)
+    assert not torch.equal(policy[0].weight, small_model(1)[0].weight)
+
+
+@every_optimizer
+def test_closure_is_evaluated_with_gradients_and_its_loss_returned(make, policy, delta):
+    optimizer = make(policy, delta)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = policy(torch.ones(7)).square().sum()
+        loss.backward()
+        return loss
+
+    first = optimizer.step(closure)
+    second = optimizer.step(closure)
+    assert second < first
+
+
+@every_optimizer
+def test_learning_rate_schedulers_and_gradient_scaling_take_it(make, policy, delta):
+    optimizer = make(policy, delta)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: 1 / (t + 1))
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    scaler.scale(policy(torch.ones(7)).sum()).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    scheduler.step()
+    assert optimizer.param_groups[0]["lr"] == 5e-3
+
+
+@every_optimizer
+def test_merge_weight_follows_a_schedule_that_survives_a_resume(make, policy, delta):
+    def warm(t):
+        return 1e-3 * t
+
+    optimizer = trimtab.schedule(make(policy, delta), "merge_weight", warm)
+    used = []
+    for t in range(3):
+        take_step(policy, optimizer, t)
+        used.append(optimizer.param_groups[0]["merge_weight"])
+    assert used == [0.0, 1e-3, 2e-3]
+    resumed = make(policy, delta)
+    resumed.load_state_dict(optimizer.state_dict())
+    trimtab.schedule(resumed, "merge_weight", warm)
+    assert resumed.param_groups[0]["merge_weight"] == 3e-3
+
+
+def test_schedule_refuses_what_it_cannot_do(policy, delta):
+    optimizer = ondare(policy, delta)
+    with pytest.raises(UserError, match="did you mean 'merge_weight'"):
+        trimtab.schedule(optimizer, "merge_wait", lambda t: 0.1)
+    with pytest.raises(UserError, match=r"merge_weight must be in \[0, 1\], got 2"):
+        trimtab.schedule(optimizer, "merge_weight", lambda t: 2)
+    with pytest.raises(UserError, match="schedule needs OnDARE"):
+        trimtab.schedule(torch.optim.AdamW(policy.parameters()), "merge_weight", lambda t: 0.1)
+    with pytest.raises(UserError, match="group 3 does not exist"):
+        trimtab.schedule(optimizer, "merge_weight", lambda t: 0.1, group=3)
+
+
+@every_optimizer
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [({"merge_every": 4}, "merge_every=2"), ({"seed": 9}, "seed=0")],
+)
+def test_a_state_of_another_merge_is_refused(make, change, named, policy, delta):
+    optimizer = make(policy, delta, merge_every=2)
+    take_step(policy, optimizer, 0)
+    other = make(policy, delta, **{"merge_every": 2, **change})
+    with pytest.raises(IncompatibleState, match=named):
+        other.load_state_dict(optimizer.state_dict())
+
+
+def test_a_state_with_another_delta_or_of_plain_adamw_is_refused(policy, delta):
+    optimizer = ondare(policy, delta)
+    other = trimtab.ReferenceDelta.between(reference=small_model(1), base=small_model(2))
+    with pytest.raises(IncompatibleState, match="tau="):
+        ondare(policy, other).load_state_dict(optimizer.state_dict())
+    plain = torch.optim.AdamW(policy.named_parameters())
+    with pytest.raises(IncompatibleState, match="not written by an online merging optimizer"):
+        optimizer.load_state_dict(plain.state_dict())
+
+
+@every_optimizer
+def test_a_policy_that_is_not_the_reference_is_refused_at_the_first_step(make, delta):
+    other = small_model(3)
+    with pytest.raises(UserError, match="4 of 4 parameters"):
+        take_step(other, make(other, delta), 0)
+    assert torch.equal(flat(other), flat(small_model(3)))
+    take_step(other, make(other, delta, policy_differs=True), 0)
+    assert not torch.equal(flat(other), flat(small_model(3)))
+
+
+@every_optimizer
+def test_parameters_without_delta_must_be_named(make, policy, delta):
+    policy.add_module("head", torch.nn.Linear(3, 1))
+    with pytest.raises(
+        UserError, match=r"2 trained parameters have no reference delta \(head.weight, head.bias\)"
+    ):
+        take_step(policy, make(policy, delta), 0)
+    with pytest.raises(UserError, match="'haed' matches no parameter"):
+        take_step(policy, make(policy, delta, without_delta=["haed"]), 0)
+    before = policy.head.weight.clone()
+    take_step(policy, make(policy, delta, without_delta=[r"^head\."]), 0)
+    assert not torch.equal(policy.head.weight, before)
+
+
+def test_shapes_that_differ_are_refused(delta):
+    other = torch.nn.Sequential(torch.nn.Linear(7, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
+    with pytest.raises(
+        UserError, match=r"3 parameters differ in shape .*0.weight is \(8, 7\), its delta \(9, 7\)"
+    ):
+        take_step(other, ondare(other, delta), 0)
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ({"reserve_rate": 0.0}, r"reserve_rate must be in \(0, 1\], got 0.0"),
+        ({"merge_weight": -0.1}, r"merge_weight must be in \[0, 1\], got -0.1"),
+        ({"merge_every": 0}, "merge_every must be an integer ≥ 1, got 0"),
+        ({"rounding": "stocastic"}, "did you mean 'stochastic'"),
+    ],
+)
+@every_optimizer
+def test_arguments_out_of_range_are_refused(make, argument, message, policy, delta):
+    with pytest.raises(UserError, match=message):
+        make(policy, delta, **argument)
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ({"fidelity": "papr"}, "did you mean 'paper'"),
+        ({"lr": -1.0}, "lr must be ≥ 0"),
+        ({"betas": (1.0, 0.9)}, r"betas must be in \[0, 1\)"),
+        ({"weight_decay": -0.1}, "weight_decay must be ≥ 0"),
+    ],
+)
+def test_adamw_arguments_out_of_range_are_refused(argument, message, policy, delta):
+    with pytest.raises(UserError, match=message):
+        ondare(policy, delta, **argument)
+
+
+def test_unnamed_parameters_are_refused(policy, delta):
+    with pytest.raises(UserError, match=r"pass model.named_parameters\(\)"):
+        OnDARE(policy.parameters(), delta)
+    with pytest.raises(UserError, match=r"pass model.named_parameters\(\)"):
+        OnlineMerging(torch.optim.SGD(policy.parameters(), lr=0.1), delta)
+
+
+def test_wrapping_something_else_is_refused(policy, delta):
+    with pytest.raises(UserError, match=r"wraps a torch.optim.Optimizer, got Sequential"):
+        OnlineMerging(policy, delta)
+    with pytest.raises(UserError, match="merges already"):
+        OnlineMerging(ondare(policy, delta), delta)
+
+
+def test_sparse_gradients_are_refused():
+    table = torch.nn.Embedding(5, 3, sparse=True)
+    delta = trimtab.ReferenceDelta.between(reference=table, base=torch.nn.Embedding(5, 3))
+    table(torch.tensor([1, 2])).sum().backward()
+    with pytest.raises(UserError, match="weight has a sparse gradient"):
+        ondare(table, delta).step()
+
+
+@every_optimizer
+def test_groups_have_their_own_settings(make, policy, delta):
+    merged, plain = [("0.weight", policy[0].weight)], [("2.weight", policy[2].weight)]
+    groups = [
+        {"params": merged, "merge_weight": 1.0, "reserve_rate": 1.0},
+        {"params": plain, "merge_weight": 0.0, "reserve_rate": 1.0},
+    ]
+    optimizer = _with_groups(make, groups, delta)
+    start = policy[0].weight.detach().clone()
+    take_step(policy, optimizer, 0)
+    tau = delta.tensor("0.weight")
+    assert torch.equal(policy[0].weight, start + tau), "α = 1, p = 1 moves by τ"
+
+
+def _with_groups(make, groups, delta):
+    class Grouped:
+        @staticmethod
+        def named_parameters():
+            return groups
+
+    return make(Grouped(), delta)
+
+
+@every_optimizer
+def test_a_group_added_later_joins(make, policy, delta):
+    optimizer = _with_groups(make, [{"params": [("0.weight", policy[0].weight)]}], delta)
+    optimizer.add_param_group({"params": [("2.weight", policy[2].weight)], "merge_weight": 0.5})
+    assert [group["merge_weight"] for group in optimizer.param_groups] == [1e-3, 0.5]
+    take_step(policy, optimizer, 0)
+    assert not torch.equal(policy[2].weight, small_model(1)[2].weight)
+
+
+def test_merge_now_merges_what_is_pending(policy, delta):
+    for make in (ondare, around_sgd):
+        model = copy.deepcopy(policy)
+        optimizer = make(model, delta, merge_every=5)
+        for t in range(3):
+            take_step(model, optimizer, t)
+        before = flat(model)
+        assert optimizer.pending() == 4
+        assert optimizer.merge_now() == 4
+        assert optimizer.pending() == 0
+        assert not torch.equal(flat(model), before)
+        assert optimizer.merge_now() == 0
+
+
+def test_merge_weight_follows_lr_when_asked(policy, delta):
+    tau = torch.cat([delta.tensor(n).flatten() for n, _ in policy.named_parameters()]).to(torch.float64)
+    optimizer = ondare(
+        policy, delta, merge_weight=0.5, reserve_rate=1.0, merge_weight_follows_lr=True, lr=1e-2
+    )
+    start = flat(policy)
+    optimizer.param_groups[0]["lr"] = 5e-3
+    for p in policy.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    assert torch.allclose(flat(policy) - start, 0.25 * tau, atol=1e-7)
