@@ -81,8 +81,8 @@ def test_stochastic_rounding_repeats_with_its_seed(make, low):
 
 
 def test_fp32_loses_a_small_delta_and_says_so(policy, delta):
+    optimizer = ondare(policy, delta, lr=1e-30, merge_weight=1e-9)
     with pytest.warns(PrecisionWarning, match="lost to rounding"):
-        optimizer = ondare(policy, delta, lr=0.0 + 1e-30, merge_weight=1e-9)
         take_step(policy, optimizer, 0)
     assert optimizer.arrival.delta < 0.5
     assert optimizer.arrival.step == 1
