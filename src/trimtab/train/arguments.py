@@ -1,0 +1,109 @@
+"""From a recipe to the arguments of TRL's trainers, with the defaults that differ from TRL's said here."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+
+from trimtab.errors import UserError
+from trimtab.recipe import DPOLoss, DPORecipe, LearningRateSchedule, Recipe, SFTLoss
+
+OURS = ("save_total_limit", "model_init_kwargs", "precompute_ref_log_probs")
+"""Fields of the ``training`` section that we act on ourselves (the last one together with TRL)."""
+
+
+def config_class(method: str) -> type:
+    """Return TRL's config class for a method, against which a recipe's ``training`` section is checked."""
+    import trl
+
+    classes = {"sft": trl.SFTConfig, "dpo": trl.DPOConfig}
+    if method not in classes:
+        raise UserError(f"method {method!r} is not available yet; available: {', '.join(classes)}")
+    return classes[method]
+
+
+def training_arguments(recipe: Recipe, *, evaluates: bool, resumes: bool) -> Any:
+    """Build the trainer's arguments from a recipe.
+
+    Where a recipe does not say, these differ from TRL's defaults:
+
+    * ``bf16`` and ``activation_checkpointing`` are off on a CPU and on (as in TRL) on an accelerator; the
+      weights are kept in fp32 either way, and bf16 means autocast;
+    * ``disable_tqdm`` and ``dataloader_pin_memory`` follow whether there is a terminal and an accelerator;
+    * ``save_total_limit`` is kept from the Trainer: we delete old checkpoints ourselves, after the new one
+      counts.
+
+    Args:
+        recipe: a checked recipe.
+        evaluates: whether there are held-out rows.
+        resumes: whether training continues; the evaluation before the first step is then over.
+
+    Raises:
+        UserError: if the trainer refuses the arguments.
+    """
+    fields = _defaults(recipe.training) | _renamed(recipe.training)
+    for name in OURS[:2]:
+        fields.pop(name, None)
+    fields |= {
+        "output_dir": recipe.output,
+        "seed": recipe.seed,
+        "data_seed": recipe.seed,
+        "learning_rate": recipe.optimizer.lr,
+        "weight_decay": recipe.optimizer.weight_decay,
+        "max_length": recipe.data.max_length,
+        "eval_strategy": "steps" if evaluates and recipe.evaluation.every else "no",
+        "eval_on_start": evaluates and recipe.evaluation.at_start and not resumes,
+        **_schedule(recipe.schedule.lr),
+        **_loss(recipe),
+    }
+    if recipe.evaluation.every:
+        fields["eval_steps"] = recipe.evaluation.every
+    try:
+        return config_class(recipe.method)(**fields)
+    except (ValueError, TypeError, ImportError) as error:
+        raise UserError(f"training: {' '.join(str(error).split())}") from error
+
+
+def _defaults(given: dict[str, Any]) -> dict[str, Any]:
+    accelerated = torch.accelerator.is_available() and not given.get("use_cpu", False)
+    half = accelerated and not given.get("fp16", False)
+    return {
+        "bf16": half and torch.cuda.is_bf16_supported() if torch.cuda.is_available() else half,
+        "activation_checkpointing": accelerated,
+        "dataloader_pin_memory": accelerated,
+        "disable_tqdm": not sys.stderr.isatty(),
+        "log_level": "warning",
+    }
+
+
+def _renamed(given: dict[str, Any]) -> dict[str, Any]:
+    """Pass ``gradient_checkpointing``, the name everyone knows, by the name that is not deprecated."""
+    names = {
+        "gradient_checkpointing": "activation_checkpointing",
+        "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
+    }
+    return {names.get(name, name): value for name, value in given.items()}
+
+
+def _schedule(schedule: LearningRateSchedule) -> dict[str, Any]:
+    """The learning rate's schedule by transformers' names; one with an ``end`` is made by the mixin."""
+    warmup = schedule.warmup_ratio if schedule.warmup_ratio is not None else schedule.warmup_steps
+    kind = "constant_with_warmup" if schedule.type == "constant" and warmup else schedule.type
+    return {"lr_scheduler_type": kind, "warmup_steps": warmup or 0}
+
+
+def _loss(recipe: Recipe) -> dict[str, Any]:
+    loss = recipe.loss
+    if isinstance(loss, SFTLoss):
+        return {"completion_only_loss": loss.completion_only, "packing": loss.packing}
+    assert isinstance(loss, DPOLoss)
+    assert isinstance(recipe, DPORecipe)
+    both = loss.sft_weight > 0
+    return {
+        "loss_type": [loss.type, "sft"] if both else [loss.type],
+        "loss_weights": [1.0, loss.sft_weight] if both else None,
+        "beta": loss.beta,
+        "label_smoothing": loss.label_smoothing,
+    }

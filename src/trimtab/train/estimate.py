@@ -1,0 +1,130 @@
+"""How large a training is, before any weights are loaded: parameters, steps, memory."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from trimtab.recipe import Recipe
+from trimtab.train.models import ModelFolder, lora_config
+from trimtab.train.parts import Parts
+
+FP32 = 4
+
+
+@dataclass(frozen=True)
+class Size:
+    """How large a training is.
+
+    Args:
+        parameters: of the model, adapter included.
+        trainable: of these, how many are trained.
+        rows: training rows after dropping; None when they are streamed.
+        batch: rows in one optimizer step, over all processes.
+        steps: optimizer steps.
+        memory: bytes per process by what they are for, activations not included.
+    """
+
+    parameters: int
+    trainable: int
+    rows: int | None
+    batch: int
+    steps: int
+    memory: dict[str, int]
+
+    @property
+    def total_memory(self) -> int:
+        """Bytes per process, activations not included."""
+        return sum(self.memory.values())
+
+
+def measure(parts: Parts) -> Size:
+    """Size up a training from configurations, headers and rows."""
+    recipe, arguments = parts.recipe, parts.arguments
+    parameters, trainable = count_parameters(parts.policy, recipe)
+    rows = None if recipe.data.streaming else len(parts.train)
+    batch = (
+        arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+    )
+    return Size(
+        parameters=parameters,
+        trainable=trainable,
+        rows=rows,
+        batch=batch,
+        steps=count_steps(rows, arguments),
+        memory=memory(parts, parameters, trainable),
+    )
+
+
+def count_parameters(model: ModelFolder, recipe: Recipe) -> tuple[int, int]:
+    """Return the numbers of all and of trained parameters, tied ones once, from a model without storage."""
+    from peft import PeftConfig, get_peft_model
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    source: Any = model.folder
+    adapter = None if recipe.adapter is None else lora_config(recipe.adapter)
+    if model.is_adapter:
+        adapter = PeftConfig.from_pretrained(model.folder)
+        adapter.inference_mode = False
+        source = adapter.base_model_name_or_path
+    config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        if adapter is not None:
+            empty = get_peft_model(empty, adapter)
+    counts = [(p.numel(), p.requires_grad) for p in empty.parameters()]
+    return sum(count for count, _ in counts), sum(count for count, trained in counts if trained)
+
+
+def count_steps(rows: int | None, arguments: Any) -> int:
+    """Return the optimizer steps of a training, as the Trainer counts them.
+
+    Args:
+        rows: training rows; None when they are streamed, and ``max_steps`` decides.
+        arguments: the trainer's arguments.
+    """
+    if arguments.max_steps > 0 or rows is None:
+        return int(arguments.max_steps)
+    batches = rows / (arguments.per_device_train_batch_size * arguments.world_size)
+    batches = math.floor(batches) if arguments.dataloader_drop_last else math.ceil(batches)
+    per_epoch = max(1, math.ceil(batches / arguments.gradient_accumulation_steps))
+    return math.ceil(per_epoch * arguments.num_train_epochs)
+
+
+def memory(parts: Parts, parameters: int, trainable: int) -> dict[str, int]:
+    """Estimate the bytes that stay allocated in each process, by what they are for.
+
+    Weights, gradients and both moments in fp32; τ in fp32; one more copy for step-K's anchor and one where
+    F(τ) is kept. What depends on the batch (activations, logits) is not in it.
+    """
+    optimizer, gap = parts.recipe.optimizer, _gap(parts.recipe)
+    sizes = {
+        "weights": FP32 * parameters,
+        "gradients": FP32 * trainable,
+        "Adam's moments": 2 * FP32 * trainable,
+        "reference delta": FP32 * trainable * optimizer.merges,
+        "sparsified delta": FP32 * trainable * _keeps_sparsified(parts),
+        "anchor of step-K": FP32 * trainable * (optimizer.merges and gap > 1),
+        "reference model": FP32 * parameters * _loads_reference(parts),
+    }
+    return {name: size for name, size in sizes.items() if size}
+
+
+def _gap(recipe: Recipe) -> int:
+    gaps = [group.merge_every for group in recipe.optimizer.groups if group.merge_every]
+    return max([recipe.optimizer.merge_every or 1, *gaps])
+
+
+def _keeps_sparsified(parts: Parts) -> bool:
+    optimizer = parts.recipe.optimizer
+    once = optimizer.redraw is False or optimizer.fidelity == "released"
+    return optimizer.merges and (once or optimizer.name == "onties" or optimizer.sparsify == "top")
+
+
+def _loads_reference(parts: Parts) -> bool:
+    adapted = parts.recipe.adapter is not None or parts.policy.is_adapter
+    shared = adapted and parts.reference == parts.policy
+    return parts.reference is not None and not shared and not parts.arguments.precompute_ref_log_probs

@@ -1,0 +1,102 @@
+"""What a run adds to a TRL trainer: a stop at a loss that is not finite, no half-written checkpoint."""
+
+from __future__ import annotations
+
+import errno
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trimtab.errors import UserError
+from trimtab.train.checkpoints import MARKER, last_complete
+from trimtab.train.mixin import OnlineMergingMixin
+
+
+class GuardedTrainer(OnlineMergingMixin):
+    """To be mixed in front of a TRL trainer, as :class:`OnlineMergingMixin` is.
+
+    * A loss or a gradient norm that is not finite stops the training before the step that would spread it.
+      (The Trainer's own filter only keeps it out of the log.)
+    * A checkpoint that cannot be written whole is removed; a full disk is said in a sentence.
+    * TRL's own model card and telemetry are off: the run folder has its own card, and nothing is reported to
+      anyone who was not named in ``report_to``.
+    """
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """One micro-batch, with a look at its loss.
+
+        Raises:
+            UserError: if the loss of any process is not finite.
+        """
+        loss: torch.Tensor = super().training_step(*args, **kwargs)
+        if not self._everywhere(torch.isfinite(loss).all()):
+            raise UserError(self._not_finite("loss", float(loss)))
+        return loss
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        scaled = self.args.fp16  # the gradient scaler skips such a step by itself and goes on
+        if not scaled and not math.isfinite(float(norm)):
+            raise UserError(self._not_finite("gradient norm", float(norm)))
+        return norm
+
+    def _everywhere(self, flag: torch.Tensor) -> bool:
+        if self.args.world_size > 1:
+            value = flag.to(self.args.device, torch.int32)
+            torch.distributed.all_reduce(value, op=torch.distributed.ReduceOp.MIN)
+            return bool(value)
+        return bool(flag)
+
+    def _not_finite(self, what: str, value: float) -> str:
+        kept = last_complete(Path(self.args.output_dir))
+        where = f"the last complete checkpoint is {kept}" if kept else "no checkpoint was written yet"
+        seen = f"is {value}" if not math.isfinite(value) else "is not finite on another process"
+        return (
+            f"the {what} {seen} at step {self.state.global_step + 1} "
+            f"(learning rate {self._get_learning_rate():.3g}), so training stopped before it; {where}; "
+            "lower optimizer.lr or training.max_grad_norm, or look for broken rows in data.train"
+        )
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            (folder / MARKER).unlink(missing_ok=True)  # it is about to be written anew
+        try:
+            super()._save_checkpoint(model, trial)
+        except BaseException as error:
+            full = is_disk_full(error, folder)
+            if self.args.should_save:
+                shutil.rmtree(folder, ignore_errors=True)
+            if full:
+                raise no_space(Path(self.args.output_dir)) from error
+            raise
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write nothing: the run folder's ``README.md`` is ours."""
+
+    def _send_telemetry(self) -> None:
+        """Send nothing."""
+
+
+def is_disk_full(error: BaseException, folder: Path) -> bool:
+    """Whether writing to ``folder`` failed for want of space; libraries wrap the system's error."""
+    if isinstance(error, KeyboardInterrupt | SystemExit):
+        return False
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    if "No space left on device" in str(error):
+        return True
+    while not folder.exists():
+        folder = folder.parent
+    return isinstance(error, RuntimeError) and shutil.disk_usage(folder).free < 1 << 20
+
+
+def no_space(run: Path) -> UserError:
+    """The sentence for a full disk."""
+    return UserError(
+        f"no space is left on the disk of {str(run)!r}; free some (training.save_total_limit keeps fewer "
+        "checkpoints) and continue with --resume"
+    )

@@ -1,0 +1,206 @@
+"""From a recipe's ``optimizer`` and ``schedule`` sections to an optimizer over a model's named parameters."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from trimtab.delta import ReferenceDelta
+from trimtab.errors import UserError, nearest
+from trimtab.ops import canonical_name
+from trimtab.optim import OnDARE, OnlineMerging, OnTIES, schedule
+from trimtab.recipe import Optimizer as OptimizerSection
+from trimtab.recipe import Recipe
+
+_MERGING = (
+    "reserve_rate",
+    "merge_weight",
+    "merge_every",
+    "fidelity",
+    "sparsify",
+    "consensus",
+    "rescale",
+    "redraw",
+    "rounding",
+    "measure_every",
+    "merge_weight_follows_lr",
+    "policy_differs",
+    "without_delta",
+)
+Groups = list[dict[str, Any]]
+"""Parameter groups as torch takes them, with ``params`` as (name, parameter) pairs."""
+
+
+@dataclass(frozen=True)
+class OptimizerPlan:
+    """What :class:`~trimtab.train.mixin.OnlineMergingMixin` builds when the trainer asks for its optimizer.
+
+    Args:
+        make: builds the optimizer from parameter groups whose ``params`` are (name, parameter) pairs; any
+            ``torch.optim.Optimizer`` will do.
+        weight_decay: decoupled decay of the parameters that transformers would decay (all but biases and
+            norms).
+        groups: settings for parameters that a regular expression finds in their canonical name (``pattern``
+            and what differs); the first group that fits counts. A ``weight_decay`` written here holds for
+            norms and biases too.
+        learning_rate: factor on the learning rate after ``step`` of ``total`` steps; None leaves it to the
+            trainer.
+        factors: the same for other keys of the parameter groups, such as ``merge_weight``.
+    """
+
+    make: Callable[[Groups], torch.optim.Optimizer]
+    weight_decay: float = 0.0
+    groups: Sequence[Mapping[str, Any]] = ()
+    learning_rate: Callable[[int, int], float] | None = None
+    factors: Mapping[str, Callable[[int, int], float]] = field(default_factory=dict)
+
+    def build(self, model: torch.nn.Module, decayed: set[str]) -> torch.optim.Optimizer:
+        """Build the optimizer over the trainable parameters of ``model``.
+
+        Args:
+            model: its ``named_parameters()`` that require a gradient are trained.
+            decayed: names of the parameters that weight decay is for.
+        """
+        trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        if not trained:
+            raise UserError("no parameter of the model is trainable")
+        return self.make(parameter_groups(trained, decayed, self.weight_decay, self.groups))
+
+    def schedule(self, optimizer: torch.optim.Optimizer, total: int) -> None:
+        """Schedule what the plan schedules besides the learning rate, over ``total`` steps.
+
+        Each group's value is the factor times what it starts with.
+        """
+        for key, factor in self.factors.items():
+            for index, group in enumerate(optimizer.param_groups):
+                schedule(optimizer, key, _scaled(group[key], factor, total), group=index)
+
+    @classmethod
+    def from_recipe(cls, recipe: Recipe, delta: ReferenceDelta | None) -> OptimizerPlan:
+        """Read the plan from a recipe's ``optimizer`` and ``schedule`` sections.
+
+        Args:
+            recipe: a checked recipe.
+            delta: the reference delta; needed by the optimizers that merge.
+        """
+        section, schedules = recipe.optimizer, recipe.schedule
+        factors = {"merge_weight": schedules.merge_weight, "reserve_rate": schedules.reserve_rate}
+        return cls(
+            make=_maker(section, delta, recipe.seed),
+            weight_decay=section.weight_decay,
+            groups=[group.model_dump(exclude_none=True) for group in section.groups],
+            # Without an end of its own it is one of transformers' schedules, which the trainer makes itself.
+            learning_rate=schedules.lr.factor if schedules.lr.end else None,
+            factors={key: value.factor for key, value in factors.items() if value is not None},
+        )
+
+
+def _scaled(start: float, factor: Callable[[int, int], float], total: int) -> Callable[[int], float]:
+    return lambda step: start * factor(step, total)
+
+
+def _maker(
+    section: OptimizerSection, delta: ReferenceDelta | None, seed: int
+) -> Callable[[Groups], torch.optim.Optimizer]:
+    """Return what builds the section's optimizer; settings not given keep the optimizer's defaults."""
+    adam: dict[str, Any] = {"lr": section.lr, "betas": section.betas}
+    if section.eps is not None:
+        adam["eps"] = section.eps
+    if not section.merges:
+        return lambda groups: torch.optim.AdamW(groups, **adam)
+    if delta is None:
+        raise UserError(f"optimizer {section.name} merges a reference delta; give base or delta")
+    given = section.model_dump(exclude_none=True, include=set(_MERGING))
+    merging = {key: value for key, value in given.items() if key != "fidelity"} | {"seed": seed}
+    if section.name == "online_merging":
+        return lambda groups: OnlineMerging(torch.optim.AdamW(groups, **adam), delta, **merging)
+    kind = {"ondare": OnDARE, "onties": OnTIES}[section.name]
+    return lambda groups: kind(groups, delta, **adam, **given, seed=seed)
+
+
+def diagnostics(optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    """What a merging optimizer measured about its merges, by the names it is logged under; else nothing.
+
+    ``merge/weight`` and ``merge/reserve_rate`` are α and p of the first group; ``merge/arrived_delta`` and
+    ``merge/arrived_update`` the shares of α·F(τ) and (1 − α)·F(Δ) that were not lost to rounding.
+    """
+    first = optimizer.param_groups[0]
+    if "merge_weight" not in first:
+        return {}
+    logs = {"merge/weight": float(first["merge_weight"]), "merge/reserve_rate": float(first["reserve_rate"])}
+    arrival = getattr(optimizer, "arrival", None)
+    if arrival is not None:
+        shares = {"merge/arrived_delta": arrival.delta, "merge/arrived_update": arrival.update}
+        logs |= {name: share for name, share in shares.items() if not math.isnan(share)}
+    return logs
+
+
+def parameter_groups(
+    named: Sequence[tuple[str, torch.Tensor]],
+    decayed: set[str],
+    weight_decay: float,
+    groups: Sequence[Mapping[str, Any]] = (),
+) -> Groups:
+    """Sort parameters into groups of equal settings, in the order in which the model names them.
+
+    Args:
+        named: (name, parameter) pairs.
+        decayed: names that ``weight_decay`` is for; the others get 0.
+        weight_decay: decoupled decay rate λ.
+        groups: mappings with a ``pattern`` (``re.search`` on the canonical name) and the settings it
+            overrides.
+
+    Returns:
+        Groups with ``params`` as (name, parameter) pairs, ``weight_decay`` and the overriding settings.
+
+    Raises:
+        UserError: if a pattern finds no parameter that an earlier pattern has not taken.
+
+    Example:
+        >>> weight, bias = torch.zeros(2, 2), torch.zeros(2)
+        >>> made = parameter_groups([("up.weight", weight), ("up.bias", bias)], {"up.weight"}, 0.1)
+        >>> [(group["weight_decay"], [name for name, _ in group["params"]]) for group in made]
+        [(0.1, ['up.weight']), (0.0, ['up.bias'])]
+    """
+    patterns = [re.compile(group["pattern"]) for group in groups]
+    sorted_into: dict[tuple[int, bool], list[tuple[str, torch.Tensor]]] = {}
+    for name, parameter in named:
+        canonical = canonical_name(name)
+        which = next((i for i, pattern in enumerate(patterns) if pattern.search(canonical)), -1)
+        sorted_into.setdefault((which, name in decayed), []).append((name, parameter))
+    _refuse_idle([group["pattern"] for group in groups], {which for which, _ in sorted_into}, named)
+    result = []
+    for (which, decays), params in sorted_into.items():
+        settings = {"weight_decay": weight_decay if decays else 0.0}
+        if which >= 0:
+            settings |= {key: value for key, value in groups[which].items() if key != "pattern"}
+        result.append({"params": params, **settings})
+    return result
+
+
+def _refuse_idle(patterns: Sequence[str], used: set[int], named: Sequence[tuple[str, Any]]) -> None:
+    names = [canonical_name(name) for name, _ in named]
+    for index, pattern in enumerate(patterns):
+        if index in used:
+            continue
+        if any(re.search(pattern, name) for name in names):
+            problem = "finds only parameters that an earlier group has taken; put it first"
+        else:
+            close = nearest(pattern, names)
+            hint = f"the nearest is {close!r}" if close else f"they are called like {names[0]!r}"
+            problem = f"finds none of the {len(names)} trained parameters; {hint}"
+        raise UserError(f"optimizer.groups.{index}.pattern {pattern!r} {problem}")
+
+
+def unwrapped(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """Return the optimizer itself where accelerate has wrapped it."""
+    from accelerate.optimizer import AcceleratedOptimizer
+
+    while isinstance(optimizer, AcceleratedOptimizer):
+        optimizer = optimizer.optimizer
+    return optimizer

@@ -1,0 +1,104 @@
+"""A language model small enough to train in a test: made on the fly, nothing is downloaded.
+
+Two Llama layers of width 32 over a vocabulary of single characters. ``reference`` is ``base`` with small
+random changes in every weight, so that τ = reference − base is dense and known.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import string
+from pathlib import Path
+from typing import Any
+
+import torch
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+SPECIAL = ["<|pad|>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>"]
+
+
+def tokenizer(chat_template: str | None = CHAT_TEMPLATE, pad_token: str | None = "<|pad|>") -> Any:
+    """One token per character, with a chat template."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    characters = string.ascii_letters + string.digits + string.punctuation + " \n"
+    vocabulary = {token: index for index, token in enumerate([*SPECIAL, "<|unknown|>", *characters])}
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token="<|unknown|>"))
+    core.pre_tokenizer = pre_tokenizers.Split(Regex("[\\s\\S]"), behavior="isolated")
+    core.decoder = decoders.Fuse()
+    core.add_special_tokens(SPECIAL)
+    made = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|end|>", unk_token="<|unknown|>")
+    made.chat_template = chat_template
+    if pad_token is not None:
+        made.pad_token = pad_token
+    return made
+
+
+def model(seed: int = 0, *, tied: bool = True, dropout: float = 0.0, **config: Any) -> Any:
+    """A randomly initialised Llama with two layers of width 32."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    settings: dict[str, Any] = {
+        "vocab_size": 104,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 256,
+        "tie_word_embeddings": tied,
+        "attention_dropout": dropout,
+        "bos_token_id": None,
+        "eos_token_id": 1,
+        "pad_token_id": 0,
+    }
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(LlamaConfig(**{**settings, **config})).float()
+
+
+def write_models(folder: Path, *, dtype: torch.dtype = torch.float32, **config: Any) -> tuple[Path, Path]:
+    """Write ``base`` and ``reference`` (base plus a small dense change) as model folders with a tokenizer."""
+    base = model(0, **config)
+    base.to(dtype).save_pretrained(folder / "base")
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in base.parameters():
+            change = 0.01 * torch.randn(parameter.shape, generator=generator)
+            parameter.add_(change.to(parameter.dtype))
+    base.save_pretrained(folder / "reference")
+    for name in ("base", "reference"):
+        tokenizer().save_pretrained(folder / name)
+    return folder / "base", folder / "reference"
+
+
+def preference_rows(count: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Conversational preference pairs about copying a word: chosen repeats it, rejected is another."""
+    chooser = random.Random(seed)
+    rows = []
+    for _ in range(count):
+        word = "".join(chooser.choices(string.ascii_lowercase, k=chooser.randint(2, 6)))
+        other = "".join(chooser.choices(string.ascii_uppercase, k=chooser.randint(2, 6)))
+        rows.append(
+            {
+                "prompt": [{"role": "user", "content": f"say {word}"}],
+                "chosen": [{"role": "assistant", "content": word}],
+                "rejected": [{"role": "assistant", "content": other}],
+            }
+        )
+    return rows
+
+
+def instruction_rows(count: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Conversational prompt-completion rows with the chosen answers of :func:`preference_rows`."""
+    return [{"prompt": row["prompt"], "completion": row["chosen"]} for row in preference_rows(count, seed)]
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
+    """Write rows as JSON lines."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
