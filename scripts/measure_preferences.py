@@ -1,12 +1,13 @@
 #!/usr/bin/env python
-"""Measures a model on held-out preference pairs and instructions, and writes down its answers to a few questions.
+"""Measures a model on held-out preference pairs and instructions, and writes down a few of its answers.
 
     python scripts/measure_preferences.py runs/smollm2-dpo/model runs/smollm2-dpo/results \
-        --pairs data/hh/heldout.jsonl --instructions data/dolly/heldout.jsonl
+        --pairs runs/data/hh/heldout.jsonl --instructions runs/data/dolly/heldout.jsonl
 
 writes preferences.json (log-probability of the chosen and of the rejected answer of every pair),
 instructions.json (log-probability of every held-out answer) and answers.json (greedy answers). Everything is
-computed in fp32, from the same rows in the same order for every model, so that models can be compared pair by pair.
+computed in fp32, from the same rows in the same order for every model, so that models can be compared pair by
+pair.
 """
 
 from __future__ import annotations

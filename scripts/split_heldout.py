@@ -1,9 +1,9 @@
 #!/usr/bin/env python
 """Splits a JSONL file (plain or .gz) into rows to train on and rows held out, by what was asked.
 
-    python scripts/split_heldout.py hh_harmless_base_test.jsonl.gz data/hh --heldout 0.34
+    python scripts/split_heldout.py hh_harmless_base_test.jsonl.gz runs/data/hh --heldout 0.34
 
-writes data/hh/train.jsonl and data/hh/heldout.jsonl, rows and their order unchanged. Rows that share a
+writes train.jsonl and heldout.jsonl into runs/data/hh, rows and their order unchanged. Rows that share a
 question (an HH dialogue's first human turn; an instruction; a first message) land on the same side, so that
 nothing that is measured was trained on. The side depends on the question's hash alone: more rows later move
 no old ones.

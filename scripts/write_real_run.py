@@ -26,6 +26,7 @@ DOCS = Path("docs")
 NUMBERS = Path("assets/real-run.json")
 PICTURE = Path("assets/real-run.png")
 PAGE = Path("real-run.md")
+TEMPLATE = Path(__file__).with_name("real_run_page.md")
 TITLES = {
     "base": "published model",
     "reference": "after SFT",
@@ -62,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-# -- collecting -------------------------------------------------------------------------------------------------
+# -- collecting ---
 
 
 def collect(options: argparse.Namespace) -> dict[str, Any]:
@@ -139,7 +140,7 @@ def curves(folder: Path) -> dict[str, list[float]]:
     """The training curves, and when each step was logged (seconds since the first)."""
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     logs = [row for row in map(json.loads, lines) if "loss" in row]
-    names = ("loss", "rewards/margins", "rewards/accuracies", "grad_norm")
+    names = ("loss", "rewards/margins", "rewards/accuracies", "grad_norm", "merge/arrived_delta")
     found = {name: [row[name] for row in logs] for name in names if all(name in row for row in logs)}
     return {"step": [row["step"] for row in logs], "time": [row["time"] for row in logs], **found}
 
@@ -197,7 +198,7 @@ def squeeze(text: str) -> str:
     )
 
 
-# -- numbers ----------------------------------------------------------------------------------------------------
+# -- numbers ---
 
 
 class Pairs:
@@ -249,34 +250,45 @@ def change(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Interval]
     }
 
 
-# -- the page ---------------------------------------------------------------------------------------------------
+# -- the page ---
 
 
 def page(numbers: dict[str, Any]) -> str:
-    """The whole page."""
-    parts = [opening(numbers), commands(numbers), measured(numbers), changes(numbers), reading(numbers)]
-    parts += [training(numbers), answers(numbers), limits(numbers)]
-    return "\n\n".join(part.strip() for part in parts) + "\n"
+    """The whole page: the template with every number filled in."""
+    template = TEMPLATE.read_text(encoding="utf-8")
+    fields = {
+        "numbers_file": NUMBERS,
+        "picture": PICTURE,
+        **described(numbers),
+        **drift(numbers),
+        **again(numbers),
+    }
+    return template.format(
+        **fields,
+        measured=measured(numbers),
+        changes=changes(numbers),
+        reading=reading(numbers),
+        answers=answers(numbers),
+    )
 
 
-def opening(numbers: dict[str, Any]) -> str:
-    """What this page is."""
-    pairs, rows = len(numbers["models"]["base"]["chosen"]), len(numbers["models"]["base"]["instructions"])
-    return f"""
-<!-- Written by scripts/write_real_run.py from {NUMBERS}; change those, not this page. -->
-# A real run
-
-A real model, real instructions, real human preferences, small enough for two CPU cores: SmolLM2-135M-Instruct gets
-{steps(numbers, "sft")} steps of supervised fine-tuning, which makes a reference with a reference delta τ, and then
-{steps(numbers, "dpo")} steps of DPO with OnDARE. It is the check that everything works together on real input; it is
-far too small to say which optimizer is better. Whatever it shows is written here, "no detectable change" included.
-
-**What "base" means here.** Not a pretrained model: the *published instruct model*, whose weights were dequantized from a
-Q4_1 GGUF file (not the original bf16 release). τ is what our few steps of SFT changed, so it is small.
-
-Measured on {pairs} held-out preference pairs and {rows} held-out instructions that no step of training saw; questions
-that share their first turn are on one side of the split. Intervals are 95 %: Wilson for shares, bootstrap over prompts
-for means, paired where two models are compared."""
+def described(numbers: dict[str, Any]) -> dict[str, Any]:
+    """Sizes and settings of the two trainings."""
+    sft, dpo = numbers["recipes"]["sft"], numbers["recipes"]["dpo"]
+    base = numbers["models"]["base"]
+    return {
+        "pairs": len(base["chosen"]),
+        "instructions": len(base["instructions"]),
+        "sft_lr": sft["optimizer"]["lr"],
+        "dpo_lr": dpo["optimizer"]["lr"],
+        "sft_batch": sft["training"]["per_device_train_batch_size"],
+        "dpo_batch": dpo["training"]["per_device_train_batch_size"],
+        "beta": dpo["loss"]["beta"],
+        "machine": machine(numbers["environment"]),
+        **{f"{run}_steps": steps(numbers, run) for run in ("sft", "dpo")},
+        **{f"{run}_kept": kept(numbers, run) for run in ("sft", "dpo")},
+        **{f"{run}_minutes": minutes(numbers, run) for run in ("sft", "dpo")},
+    }
 
 
 def steps(numbers: dict[str, Any], run: str) -> int:
@@ -284,43 +296,86 @@ def steps(numbers: dict[str, Any], run: str) -> int:
     return int(max(numbers["curves"][run]["step"]))
 
 
-def commands(numbers: dict[str, Any]) -> str:
-    """How to do it again."""
-    control = (
-        """
-trimtab train recipes/smollm2-dpo.yaml data.train=data/hh/train.jsonl \\
-    optimizer='{name: adamw, lr: 1e-5}' output=runs/smollm2-adamw        # the comparison"""
-        if "control" in numbers["models"]
-        else ""
+def kept(numbers: dict[str, Any], run: str) -> str:
+    """How many rows were kept, in words."""
+    report = numbers["data"][run]["train"]
+    fit, read = (sum(source[key] for source in report["sources"]) for key in ("kept", "read"))
+    return f"{fit:,} of {read:,} rows fit whole in {report['max_length']} tokens"
+
+
+def minutes(numbers: dict[str, Any], run: str) -> float:
+    """Minutes from the first logged step to the last."""
+    times = numbers["curves"][run]["time"]
+    return (times[-1] - times[0]) / 60
+
+
+def machine(environment: dict[str, Any]) -> str:
+    """One sentence on hardware and versions."""
+    versions = environment["versions"]
+    named = ", ".join(f"{name} {versions[name]}" for name in ("trimtab", "torch", "transformers", "trl"))
+    where = f"{environment['device']}, {environment['threads']} threads ({environment['cpu_capability']})"
+    return (
+        f"Device: {where}, shared with other work, so the times are upper bounds. "
+        f"{named}, Python {versions['python']}."
     )
-    names = {"base": ("models/smollm2-135m-instruct", "runs/smollm2-base")}
-    names |= {name: (f"runs/smollm2-{name}/model", f"runs/smollm2-{name}") for name in ("sft", "dpo")}
-    if control:
-        names["adamw"] = ("runs/smollm2-adamw/model", "runs/smollm2-adamw")
-    measure = "\n".join(
-        f"python scripts/measure_preferences.py {model} {run}/results \\\n"
-        "    --pairs data/hh/heldout.jsonl --instructions data/dolly/heldout.jsonl"
-        for model, run in names.values()
-    )
-    option = " --control runs/smollm2-adamw" if control else ""
-    return f"""
-## The commands
 
-`HH` is Anthropic's `harmless-base/test.jsonl.gz` (MIT), `DOLLY` the rows of Databricks' Dolly that the AlpaGasus rating
-kept, as JSON lines (CC BY-SA 3.0); both were given without every eleventh row or as they were published.
 
-```sh
-python scripts/get_smollm2.py
-python scripts/split_heldout.py "$DOLLY" data/dolly --heldout 0.1
-python scripts/split_heldout.py "$HH" data/hh --heldout 0.34
+def drift(numbers: dict[str, Any]) -> dict[str, Any]:
+    """What α·F(τ) added up to, and how far the policy went."""
+    recipe_, went = numbers["recipes"]["dpo"], numbers["movement"]["policy"]
+    alpha, p = recipe_["optimizer"]["merge_weight"], recipe_["optimizer"]["reserve_rate"]
+    # A warm-up starts at lr 0, and that step moves nothing.
+    count = steps(numbers, "dpo") - bool(recipe_["schedule"]["lr"]["warmup_steps"])
+    control = numbers["movement"].get("control")
+    return {
+        "alpha": alpha,
+        "p": p,
+        "tau_norm": went["tau_norm"],
+        "tau_share": went["tau_norm"] / went["base_norm"],
+        "expected_drift": alpha * p * count,
+        # Each entry collects a binomial number of draws of α: of τ's norm that is α·√((pT)² + p(1−p)T).
+        "drift": alpha * math.sqrt((p * count) ** 2 + p * (1 - p) * count),
+        "arrived": arrived(numbers),
+        "distance": went["distance_in_tau"],
+        "along": went["along_tau"],
+        "control_moved": control_moved(control) if control else "",
+    }
 
-trimtab train recipes/smollm2-sft.yaml data.train=data/dolly/train.jsonl
-trimtab delta --reference runs/smollm2-sft/model --base models/smollm2-135m-instruct runs/smollm2-delta
-trimtab train recipes/smollm2-dpo.yaml data.train=data/hh/train.jsonl{control}
 
-{measure}
-python scripts/write_real_run.py --collect{option}
-```"""
+def control_moved(control: dict[str, float]) -> str:
+    """How far the comparison went."""
+    return f" (AdamW: {control['distance_in_tau']:.2f} ‖τ‖ and {control['along_tau']:+.4f} τ)"
+
+
+def arrived(numbers: dict[str, Any]) -> str:
+    """How much of α·F(τ) was not lost to rounding."""
+    shares = numbers["curves"]["dpo"].get("merge/arrived_delta")
+    if not shares:
+        return ""
+    return f"Of α·F(τ), {min(shares):.1%} or more arrived in every step; fp32 rounding took the rest."
+
+
+def again(numbers: dict[str, Any]) -> dict[str, str]:
+    """The commands that depend on whether there was a comparison with AdamW."""
+    control = "control" in numbers["models"]
+    runs = ["sft", "dpo", *(["adamw"] if control else [])]
+    models = [("models/smollm2-135m-instruct", "runs/smollm2-base/results")]
+    models += [(f"runs/smollm2-{run}/model", f"runs/smollm2-{run}/results") for run in runs]
+    measure = [
+        f"python scripts/measure_preferences.py {model} {out} \\\n"
+        "    --pairs runs/data/hh/heldout.jsonl --instructions runs/data/dolly/heldout.jsonl"
+        for model, out in models
+    ]
+    return {
+        "measure_commands": "\n".join(measure),
+        "control_option": " --control runs/smollm2-adamw" if control else "",
+        "control_command": CONTROL if control else "",
+    }
+
+
+CONTROL = """
+trimtab train recipes/smollm2-dpo.yaml data.train=runs/data/hh/train.jsonl output=runs/smollm2-adamw \\
+    delta=null 'optimizer={name: adamw, lr: 1e-5}'     # the comparison: the same DPO with AdamW"""
 
 
 def measured(numbers: dict[str, Any]) -> str:
@@ -338,7 +393,7 @@ def measured(numbers: dict[str, Any]) -> str:
     ]
     head = ["held out", *(TITLES[name] for name in models)]
     body = [[title, *(cells[name] for name in models)] for title, cells in table]
-    return "## What came out\n\n" + markdown_table(head, body)
+    return markdown_table(head, body)
 
 
 def perplexity(model: dict[str, Any]) -> float:
@@ -365,10 +420,7 @@ def changes(numbers: dict[str, Any]) -> str:
             ]
         )
     head = ["change", "chosen more probable, points", "… per token, points", "nats per token on instructions"]
-    return (
-        "The same, as paired differences (a lower negative log-likelihood on instructions is better):\n\n"
-        + markdown_table(head, body)
-    )
+    return markdown_table(head, body)
 
 
 def reading(numbers: dict[str, Any]) -> str:
@@ -405,47 +457,10 @@ def moved(found: Interval, shown: Any) -> str:
     return f"{'up' if found.estimate > 0 else 'down'}, {shown(found)}"
 
 
-def training(numbers: dict[str, Any]) -> str:
-    """Curves, settings, drift and times."""
-    recipe_, moved_ = numbers["recipes"]["dpo"], numbers["movement"]["policy"]
-    optimizer = recipe_["optimizer"]
-    alpha, p, count = optimizer["merge_weight"], optimizer["reserve_rate"], steps(numbers, "dpo")
-    # Each entry collects a binomial number of draws of α: mean α·p·T, so the norm is α·√((pT)² + p(1−p)T) of τ's.
-    drift = alpha * math.sqrt((p * count) ** 2 + p * (1 - p) * count)
-    control = numbers["movement"].get("control")
-    aside = f" (AdamW: {control['along_tau']:+.3f})" if control else ""
-    return f"""
-## Training
-
-![Loss of SFT, loss and margin of DPO, step by step]({PICTURE})
-
-SFT: AdamW, lr {numbers["recipes"]["sft"]["optimizer"]["lr"]:g}, batches of
-{numbers["recipes"]["sft"]["training"]["per_device_train_batch_size"]},
-{minutes(numbers, "sft"):.1f} minutes. DPO: OnDARE, lr {optimizer["lr"]:g}, p = {p:g}, α = {alpha:g},
-β = {recipe_["loss"]["beta"]:g}, batches of {recipe_["training"]["per_device_train_batch_size"]} pairs,
-{minutes(numbers, "dpo"):.1f} minutes of steps. {machine(numbers)}
-
-**Drift.** ‖τ‖ is {moved_["tau_norm"]:.3f}, {moved_["tau_norm"] / moved_["base_norm"]:.2%} of the length of the weights.
-α and p were chosen so that Σ α·F(τ) comes to about {drift:.3f} ‖τ‖ over the run (α·p·T = {alpha * p * count:.3f}). In the
-end the policy lies {moved_["distance_in_tau"]:.2f} ‖τ‖ from the reference; along τ itself it moved by
-{moved_["along_tau"]:+.3f} τ{aside}, the preference gradient's own part included."""
-
-
-def minutes(numbers: dict[str, Any], run: str) -> float:
-    """Minutes from the first logged step to the last."""
-    times = numbers["curves"][run]["time"]
-    return (times[-1] - times[0]) / 60
-
-
-def machine(numbers: dict[str, Any]) -> str:
-    """One sentence on hardware and versions."""
-    return json.dumps(numbers["environment"])
-
-
 def answers(numbers: dict[str, Any]) -> str:
     """Greedy answers of every model to the same questions."""
     models = numbers["models"]
-    parts = ["## Answers\n\nGreedy, at most 64 new tokens, cut where the limit cut them."]
+    parts = []
     for at, first in enumerate(models["base"]["answers"]):
         parts.append(f"### {first['prompt']}")
         for name, model in models.items():
@@ -453,16 +468,6 @@ def answers(numbers: dict[str, Any]) -> str:
             quoted = "\n".join(f"    {line}".rstrip() for line in text.splitlines()) or "    (nothing)"
             parts.append(f"{TITLES[name]}:\n\n{quoted}")
     return "\n\n".join(parts)
-
-
-def limits(numbers: dict[str, Any]) -> str:
-    """What this run cannot show."""
-    return """
-## What this cannot show
-
-One model, one seed, one small set of pairs, most of them harmful questions with two poor answers. Preference accuracy
-by log-probability measures which of two given texts a model finds more likely, not how well it answers. The tax is seen
-through one number, the likelihood of held-out human answers; abilities were not tested."""
 
 
 def markdown_table(head: list[str], body: list[list[str]]) -> str:
@@ -486,7 +491,7 @@ def number(found: Interval) -> str:
     return f"{found.estimate:+.4f} [{found.low:+.4f}, {found.high:+.4f}]"
 
 
-# -- the picture ------------------------------------------------------------------------------------------------
+# -- the picture ---
 
 
 def draw(numbers: dict[str, Any], path: Path) -> None:
