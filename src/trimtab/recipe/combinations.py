@@ -184,7 +184,11 @@ def _loss_and_data(recipe: Recipe) -> Iterator[Problem]:
         )
     if recipe.data.eval is None:
         if recipe.evaluation.every is not None:
-            yield Problem(("evaluation", "every"), "needs data.eval: there is nothing to measure on")
+            yield Problem(
+                ("evaluation", "every"),
+                "needs data.eval: there is nothing to measure on",
+                also=(("data", "eval"),),
+            )
         if recipe.evaluation.samples and not recipe.evaluation.prompts:
             yield Problem(
                 ("evaluation", "samples"), "needs data.eval (or evaluation.prompts) to take prompts from"

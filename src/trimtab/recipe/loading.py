@@ -15,6 +15,7 @@ from trimtab.recipe.problems import Key, Places, Problem, problems_of, refusal
 from trimtab.recipe.reading import lay_over, read_recipe_file
 from trimtab.recipe.recipe import METHODS, NOT_YET, Recipe, SFTRecipe
 from trimtab.recipe.training_fields import check_training_fields, owned_problems
+from trimtab.recipe.values import spelled
 
 ConfigClass = Callable[[str], type]
 """From a method's name to the trainer's config class (only ``trimtab.train`` knows it)."""
@@ -97,11 +98,15 @@ def _method(values: dict[str, Any]) -> tuple[type[Recipe], dict[str, Any], list[
     known = ", ".join(METHODS)
     if name is None:
         message = f"is missing; known: {known}"
+    elif not isinstance(name, str):
+        message = f"must be text, not {spelled(name)}; known: {known}"
     elif name in NOT_YET:
         message = f"{name} is not available yet; available: {known}"
     else:
-        close = nearest(str(name), METHODS)
-        message = f"{name!r} is not known; " + (f"did you mean {close}?" if close else f"known: {known}")
+        close = nearest(name, METHODS)
+        message = f"{spelled(name)} is not known; " + (
+            f"did you mean {close}?" if close else f"known: {known}"
+        )
     rest = {key: value for key, value in values.items() if key not in ("method", "loss")}
     return SFTRecipe, {**rest, "method": "sft"}, [Problem(("method",), message)]
 

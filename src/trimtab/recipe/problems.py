@@ -153,6 +153,15 @@ def _not_a_list(details: ErrorDetails, key: Key, model: type[BaseModel]) -> str:
     return f"must be a list, not {spelled(details['input'])}"
 
 
+def _too_short(details: ErrorDetails, key: Key, model: type[BaseModel]) -> str:
+    least = details["ctx"]["min_length"]
+    return "must not be empty" if least == 1 else f"must have at least {least} items"
+
+
+def _too_long(details: ErrorDetails, key: Key, model: type[BaseModel]) -> str:
+    return f"must have at most {details['ctx']['max_length']} items"
+
+
 def _out_of_range(symbol: str, bound: str) -> Any:
     def message(details: ErrorDetails, key: Key, model: type[BaseModel]) -> str:
         return f"must be {symbol} {details['ctx'][bound]:g}, not {spelled(details['input'])}"
@@ -172,6 +181,8 @@ _MESSAGES = {
     "model_attributes_type": _not_a_mapping,
     "dict_type": _not_a_mapping,
     "tuple_type": _not_a_list,
+    "too_long": _too_long,
+    "too_short": _too_short,
     "greater_than": _out_of_range("above", "gt"),
     "greater_than_equal": _out_of_range("at least", "ge"),
     "less_than": _out_of_range("below", "lt"),

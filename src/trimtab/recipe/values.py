@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field, PlainValidator
+from pydantic import BeforeValidator, Field, PlainSerializer, PlainValidator
 from pydantic_core import PydanticCustomError
 
 
@@ -112,6 +112,10 @@ def spelled(value: Any) -> str:
     return text if len(text) <= 60 else text[:56] + "..." + text[-1]
 
 
+def _as_yaml(value: str | tuple[str, ...]) -> str | list[str]:
+    return value if isinstance(value, str) else list(value)
+
+
 Number = Annotated[float, BeforeValidator(as_number)]
 Positive = Annotated[Number, Field(gt=0)]
 NonNegative = Annotated[Number, Field(ge=0)]
@@ -124,5 +128,7 @@ NonNegativeCount = Annotated[Count, Field(ge=0)]
 Flag = Annotated[bool, BeforeValidator(as_flag)]
 Text = Annotated[str, BeforeValidator(as_text)]
 Texts = Annotated[tuple[str, ...], BeforeValidator(as_texts)]
-TextOrTexts = Annotated[str | tuple[str, ...], PlainValidator(as_text_or_texts)]
+TextOrTexts = Annotated[
+    str | tuple[str, ...], PlainValidator(as_text_or_texts), PlainSerializer(_as_yaml, when_used="json")
+]
 Pattern = Annotated[str, BeforeValidator(as_pattern)]
