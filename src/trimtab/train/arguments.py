@@ -71,6 +71,8 @@ def _defaults(given: dict[str, Any]) -> dict[str, Any]:
     half = accelerated and not given.get("fp16", False)
     return {
         "bf16": half and torch.cuda.is_bf16_supported() if torch.cuda.is_available() else half,
+        # Said outright where there is nothing else: transformers refuses a recipe's bf16 on a CPU otherwise.
+        "use_cpu": not torch.accelerator.is_available(),
         "activation_checkpointing": accelerated,
         "dataloader_pin_memory": accelerated,
         "disable_tqdm": not sys.stderr.isatty(),
