@@ -30,7 +30,7 @@ docs: $(STAMP)                      ## build the documentation strictly, into si
 	$(BIN)/mkdocs build --strict --quiet
 
 bench: $(STAMP)                     ## speed, as ratios against the named peers
-	$(BIN)/python benchmarks/run.py
+	$(BIN)/python benchmarks/optimizer_step.py
 
 setup: $(STAMP)
 
