@@ -16,7 +16,6 @@ import textwrap
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
@@ -26,8 +25,8 @@ from trimtab.errors import UserError, nearest, unknown
 SUCCESS, FAILURE, MISTAKE, INTERRUPTED, TERMINATED, BROKEN_PIPE = 0, 1, 2, 130, 143, 141
 
 
-class Terminated(BaseException):
-    """SIGTERM, raised where the program was, so that what is half done is cleaned up as for Ctrl-C."""
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, raised where the program was, so that what is half done is cleaned up as after Ctrl-C."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -109,17 +108,12 @@ def _train(options: argparse.Namespace) -> None:
     recipe = load_recipe(options.recipe, options.overrides, config_class=_config_class)
     from trimtab import train
 
-    try:
-        train.run(recipe, dry_run=options.dry_run, resume=options.resume, overwrite=options.overwrite)
-    except (KeyboardInterrupt, Terminated) as stop:
-        if any(Path(recipe.output).expanduser().glob("checkpoint-*")):
-            stop.add_note("go on from its last complete checkpoint with --resume")
-        raise
+    train.run(recipe, dry_run=options.dry_run, resume=options.resume, overwrite=options.overwrite)
 
 
 def _config_class(method: str) -> type:
     """The trainer's config class; TRL is imported for it, and only where there is a training section."""
-    from trimtab.train.arguments import config_class
+    from trimtab.train import config_class
 
     return config_class(method)
 
@@ -128,13 +122,28 @@ def _declare_delta(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--reference", required=True, metavar="R", help="the SFT model: a folder or a hub id")
     parser.add_argument("--base", required=True, metavar="B", help="the pretrained model it was tuned from")
     parser.add_argument("out", metavar="OUT", help="the folder to write")
-    parser.add_argument("--overwrite", action="store_true", help="replace OUT if it is there")
+    parser.add_argument("--overwrite", action="store_true", help="replace a delta that OUT already is")
+    parser.add_argument("--reference-revision", metavar="REV", help="branch, tag or commit of a hub id")
+    parser.add_argument("--base-revision", metavar="REV", help="the same for the base")
+    parser.add_argument(
+        "--no-tokenizer-check", action="store_true", help="take tokenizers that disagree on token ids"
+    )
+    parser.add_argument("--top", type=int, default=10, metavar="N", help="parameters shown (10)")
 
 
 def _delta(options: argparse.Namespace) -> None:
     from trimtab.delta import command
 
-    command.run(options.reference, options.base, options.out, overwrite=options.overwrite)
+    command.run(
+        options.reference,
+        options.base,
+        options.out,
+        overwrite=options.overwrite,
+        reference_revision=options.reference_revision,
+        base_revision=options.base_revision,
+        check_tokenizers=not options.no_tokenizer_check,
+        top=options.top,
+    )
 
 
 COMMANDS: dict[str, Command] = {
@@ -247,10 +256,10 @@ def _verdict(error: BaseException) -> tuple[int, str]:
     notes = "".join(f"; {note}" for note in getattr(error, "__notes__", ()))
     if isinstance(error, UserError):
         return MISTAKE, f"error: {error}"
-    if isinstance(error, KeyboardInterrupt):
-        return INTERRUPTED, f"stopped by Ctrl-C{notes}"
     if isinstance(error, Terminated):
         return TERMINATED, f"stopped by SIGTERM{notes}"
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED, f"stopped by Ctrl-C{notes}"
     mistake = _system_mistake(error)
     if mistake is not None:
         return MISTAKE, f"error: {mistake}"

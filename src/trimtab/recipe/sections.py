@@ -75,7 +75,7 @@ class Data(Section):
     """A path, a hub id, a mapping (path, weight, split, subset, limit), or a list of these."""
     eval: Sources | None = None
     """Held-out rows, written as ``train`` is."""
-    format: Literal["auto", "trl", "alpaca", "sharegpt", "hh", "ranked"] = "auto"
+    format: Literal["auto", "trl", "chat", "alpaca", "sharegpt", "hh", "ranked"] = "auto"
     """How rows are written; auto: told from the columns."""
     max_length: PositiveCount = 1024
     """Longest example in tokens, chat template included."""
