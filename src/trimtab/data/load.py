@@ -1,0 +1,243 @@
+"""``load_data``: what a recipe's data section names, read, checked, measured and mixed into one dataset."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+from trimtab.data.collect import Collector
+from trimtab.data.locate import Source
+from trimtab.data.measure import Ruler
+from trimtab.data.mixture import mix, mix_streams, rows_of
+from trimtab.data.origin import open_source
+from trimtab.data.pipeline import Form, Inspected, Pipeline, inspect
+from trimtab.data.report import DataReport, SourceReport
+from trimtab.errors import UserError
+
+if TYPE_CHECKING:
+    import datasets
+
+T = TypeVar("T")
+
+
+class DataSpec(Protocol):
+    """The data section of a recipe.
+
+    Attributes:
+        train: sources to train on.
+        eval: held-out sources, or None.
+        format: a name from ``FORMATS``; ``auto`` tells it from the columns, for every source by itself.
+        max_length: longest row in tokens, chat template included; None for no limit.
+        overlong: ``drop`` what is longer, or ``truncate`` it (the trainer cuts the end off).
+        streaming: read rows as they are needed.
+    """
+
+    @property
+    def train(self) -> Sequence[Source]: ...
+    @property
+    def eval(self) -> Sequence[Source] | None: ...
+    @property
+    def format(self) -> str: ...
+    @property
+    def max_length(self) -> int | None: ...
+    @property
+    def overlong(self) -> str: ...
+    @property
+    def streaming(self) -> bool: ...
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """A dataset in TRL's columns, and what became of the rows it was made from.
+
+    Attributes:
+        dataset: a ``datasets.Dataset``, or an ``IterableDataset`` when streaming.
+        report: counts per source; those of a stream grow while it is read.
+    """
+
+    dataset: datasets.Dataset | datasets.IterableDataset
+    report: DataReport
+
+
+def load_data(
+    spec: DataSpec, *, method: str, part: str, tokenizer: Any, seed: int = 0, progress: bool = False
+) -> PreparedData:
+    """Read one part of a recipe's data for a training method.
+
+    Rows that cannot be trained on are left out and counted by reason; rows that are not what their format
+    says stop the run with a sentence that names file and line. A row's length is the number of tokens that
+    TRL will make of it.
+
+    Args: spec: the recipe's data section. method: ``dpo`` (columns prompt, chosen, rejected) or ``sft``
+        (messages, or prompt and completion, or text). part: ``train`` or ``eval``. tokenizer: the one the
+        trainer gets, with its chat template. seed: which rows a fractional weight takes, and how sources
+        are interleaved. progress: show a progress bar while reading.
+
+    Returns:
+        The dataset and the report on it.
+
+    Raises: UserError: if a source is missing, empty, malformed, in an unknown format or without the columns
+        needed;
+            if the tokenizer cannot take the rows; if sources cannot be mixed; or if no row is left.
+    """
+    sources = _sources(spec, part)
+    inspected = [
+        inspect(open_source(source, part, streaming=spec.streaming), method, spec.format)
+        for source in sources
+    ]
+    form = common_form(inspected)
+    ruler = Ruler(tokenizer, spec.max_length)
+    _require(ruler, inspected, form)
+    report = DataReport(
+        part=part,
+        method=method,
+        columns=form.columns,
+        conversational=form.conversational,
+        max_length=spec.max_length,
+        overlong=spec.overlong,
+        streaming=spec.streaming,
+        sources=[_source_report(*pair, form, method) for pair in zip(sources, inspected, strict=True)],
+    )
+    pipelines = [Pipeline(source, form, ruler, spec.overlong) for source in inspected]
+    weights = [float(source.weight) for source in sources]
+    if spec.streaming:
+        return PreparedData(_stream(pipelines, weights, report, seed), report)
+    return PreparedData(_collect(pipelines, weights, report, seed, progress), report)
+
+
+def _sources(spec: DataSpec, part: str) -> Sequence[Source]:
+    if part not in ("train", "eval"):
+        raise ValueError(f"part must be 'train' or 'eval', not {part!r}")
+    sources = spec.train if part == "train" else spec.eval
+    if not sources:
+        raise UserError(f"data.{part} names no source of rows; give a file, a folder or a hub id")
+    return sources
+
+
+def common_form(sources: Sequence[Inspected]) -> Form:
+    """Return the form that the rows of all sources can take.
+
+    Prompt-completion rows that are mixed with whole conversations (or whole texts) are joined into such.
+
+    Raises:
+        UserError: if one source holds messages and another plain text.
+    """
+    known = [source for source in sources if source.form is not None]
+    forms = {source.form: source for source in known if source.form is not None}
+    if not forms:
+        return Form((), True)
+    spoken = [source for form, source in forms.items() if form.conversational]
+    written = [source for form, source in forms.items() if not form.conversational]
+    if spoken and written:
+        raise UserError(
+            f"{spoken[0].place} holds messages and {written[0].place} plain text, which cannot be mixed; "
+            "bring them into one form (format: chat reads prompts and answers that are text as messages)"
+        )
+    if len(forms) == 1:
+        return next(iter(forms))
+    return Form(("messages",) if spoken else ("text",), bool(spoken))
+
+
+def _require(ruler: Ruler, sources: Iterable[Inspected], form: Form) -> None:
+    for source in sources:
+        if source.form is not None:
+            ruler.require(form.conversational, source.place)
+
+
+def _source_report(source: Source, inspected: Inspected, form: Form, method: str) -> SourceReport:
+    report = SourceReport(
+        path=source.path,
+        files=inspected.origin.files,
+        format=inspected.layout.format,
+        weight=float(source.weight),
+        ignored=inspected.ignored,
+    )
+    reads = inspected.layout.reads()
+    if method == "sft" and "rejected" in reads:
+        report.note("only the chosen answers are learned; the rejected ones are not used")
+    if inspected.form not in (None, form):
+        report.note(
+            f"prompt and completion are joined into {form.columns[0]}, so that the prompt is learned too"
+        )
+    return report
+
+
+def _collect(
+    pipelines: Sequence[Pipeline], weights: Sequence[float], report: DataReport, seed: int, progress: bool
+) -> datasets.Dataset:
+    collector = Collector(report.columns, report.conversational)
+    for pipeline, counts in zip(pipelines, report.sources, strict=True):
+        with _tracked(pipeline.rows(counts), counts.path, progress) as rows:
+            for kept in rows:
+                collector.add(kept.row, kept.content)
+    report.complete = True
+    report.fingerprint = collector.fingerprint()
+    if not len(collector):
+        raise _nothing_left(report)
+    dataset = collector.finish()
+    for source in report.sources:
+        source.used = rows_of(source.kept, source.weight)
+    order = mix([source.kept for source in report.sources], weights, seed)
+    if order != list(range(len(dataset))):
+        dataset = dataset.select(order)
+    report.rows = len(dataset)
+    return dataset
+
+
+@contextmanager
+def _tracked(rows: Iterator[T], name: str, progress: bool) -> Iterator[Iterable[T]]:
+    """Rows, with a bar that counts them when asked."""
+    if not progress:
+        yield rows
+        return
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = (
+        SpinnerColumn(),
+        TextColumn("reading {task.description}: {task.completed} rows"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, transient=True) as bar:
+        yield bar.track(rows, description=name)
+
+
+def _stream(
+    pipelines: Sequence[Pipeline], weights: Sequence[float], report: DataReport, seed: int
+) -> datasets.IterableDataset:
+    from datasets import IterableDataset
+
+    # Not IterableDataset.from_generator: it makes folders in the user's cache and pickles the generator.
+    from datasets.iterable_dataset import ExamplesIterable
+
+    def examples() -> Iterator[tuple[int, dict[str, Any]]]:
+        streams = [partial(_counted, *pair) for pair in zip(pipelines, report.sources, strict=True)]
+        yield from enumerate(mix_streams(streams, weights, seed))
+        report.complete = True
+        if not report.kept:
+            raise _nothing_left(report)
+
+    return IterableDataset(ExamplesIterable(examples, {}))
+
+
+def _counted(pipeline: Pipeline, shown: SourceReport) -> Iterator[dict[str, Any]]:
+    """One pass over a stream; trainers start several, to see the first row, and the furthest is shown."""
+    counts = shown.emptied()
+    for kept in pipeline.rows(counts):
+        if counts.read >= shown.read:
+            shown.adopt(counts)
+        yield kept.row
+    if counts.read >= shown.read:
+        shown.adopt(counts)
+
+
+def _nothing_left(report: DataReport) -> UserError:
+    reasons = ", ".join(f"{count} dropped ({report.say(reason)})" for reason, count in report.dropped.items())
+    names = ", ".join(source.path for source in report.sources)
+    middle = report.sources[0].lengths.percentile(50)
+    hint = f"; half of the rows need {middle} tokens or more" if "overlong" in report.dropped else ""
+    return UserError(
+        f"no row of data.{report.part} is left to use: {report.read} read from {names}, {reasons}{hint}"
+    )
