@@ -1,7 +1,6 @@
 """Time one optimizer step as a ratio to ``torch.optim.AdamW(fused=True)``, paired in one process.
 
-    python benchmarks/optimizer_step.py [--layers 30] [--repeat 5] [--out
-    benchmarks/results/optimizer_step.json]
+    python benchmarks/optimizer_step.py [--layers 30] [--repeat 5] [--out FILE.json]
 
 Parameters have the shapes of a 135M Llama (30 layers) or of fewer layers of it; one thread, CPU time, the
 median of the ratios of neighbouring steps. Wall times are not reported: machines are shared.
@@ -114,9 +113,7 @@ def main() -> None:
     shapes = llama_shapes(arguments.layers)
     count = sum(torch.Size(shape).numel() for shape in shapes.values())
     delta = SyntheticDelta(parameters(shapes))
-    print(
-        f"{count:,} parameters in {len(shapes)} tensors, fp32, one thread; ratio of CPU time to AdamW(fused=True)"
-    )
+    print(f"{count:,} parameters in {len(shapes)} tensors, fp32, one thread; CPU time / AdamW(fused=True)'s")
     rows = {}
     for name, make in contenders(delta, shapes).items():
         rows[name] = ratio_to_fused(make, shapes, arguments.repeat)
