@@ -262,6 +262,8 @@ def _settle_names(layout: Layout, found: dict[str, Origin | None], checkpoint: C
                 layout.shapes[canonical] = tuple(parameters[served[0]].shape)
                 layout.aliases.update(dict.fromkeys(others, canonical))
                 _check_shape(layout, canonical)
+    order = {canonical_name(name): position for position, name in enumerate(parameters)}
+    layout.origins = dict(sorted(layout.origins.items(), key=lambda item: order[item[0]]))
 
 
 def _tied(

@@ -132,6 +132,7 @@ def measure(
         if take is not None:
             take(name, terms.delta)
         done += terms.delta.numel()
+        del terms  # or it would live on while the next parameter is read
         if progress is not None:
             progress(name, done, total)
     reference = {name: _reference_line(name, record) for name, record in tensors.items()}
