@@ -5,7 +5,7 @@ Adam 1412.6980, Adafactor 1804.04235, and torch's documentation for the order in
 Nothing here imports the library. The only thing taken from outside are the bits of the random masks, which
 callers pass in.
 
-Every number is a Python float (an IEEE double). A tensor is flattened row-major, worked on element by element,
+Every number is a Python float (an IEEE double). A tensor is flattened row-major, worked element by element,
 and given back as a float64 array of the same shape.
 """
 
