@@ -102,3 +102,44 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
     """Write rows as JSON lines."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+def recipe(
+    models: tuple[Path, Path], data: tuple[Path, Path], output: Path, **sections: Any
+) -> dict[str, Any]:
+    """A short DPO recipe with OnDARE on the tiny model; ``sections`` are merged into it, one level deep."""
+    values: dict[str, Any] = {
+        "method": "dpo",
+        "reference": str(models[1]),
+        "base": str(models[0]),
+        "data": {"train": str(data[0]), "eval": str(data[1]), "max_length": 64},
+        "optimizer": {"name": "ondare", "lr": 1e-3, "reserve_rate": 0.5, "merge_weight": 1e-3},
+        "training": {"max_steps": 4, "per_device_train_batch_size": 2, "save_steps": 2, "logging_steps": 1},
+        "output": str(output),
+    }
+    for name, section in sections.items():
+        given = values.get(name)
+        merged = {**given, **section} if isinstance(given, dict) and isinstance(section, dict) else section
+        values[name] = merged
+    return {name: section for name, section in values.items() if section is not None}
+
+
+ADAMW = {"name": "adamw", "reserve_rate": None, "merge_weight": None}
+"""What turns the optimizer section of :func:`recipe` into AdamW (with ``base=None``)."""
+
+
+def train(values: dict[str, Any], **flags: bool) -> Path:
+    """Run ``trimtab train`` in this process on a recipe given as values; return the run folder."""
+    from trimtab.recipe import make_recipe
+    from trimtab.train import config_class, run
+
+    folder = run(make_recipe(values, config_class=config_class), **flags)
+    assert folder is not None
+    return folder
+
+
+def weights(model_folder: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a saved model."""
+    from safetensors.torch import load_file
+
+    return load_file(model_folder / "model.safetensors")

@@ -116,12 +116,20 @@ class RunFolder:
                 "--overwrite, or name another output"
             )
 
-    def clear(self) -> None:
-        """Delete a run's files; anything else in the folder stays."""
-        for path in (self.model, self.results, *self.path.glob("checkpoint-*")):
+    def clear(self, *, checkpoints: bool) -> list[Path]:
+        """Delete a run's files, so that it can start anew; anything else in the folder stays.
+
+        Args:
+            checkpoints: delete checkpoints too; else incomplete ones are set aside.
+
+        Returns:
+            Where the incomplete checkpoints are now.
+        """
+        for path in (self.model, self.results, *(self.path.glob("checkpoint-*") if checkpoints else ())):
             shutil.rmtree(path, ignore_errors=True)
         for name in ("README.md", METRICS, ENVIRONMENT, RECIPE):
             (self.path / name).unlink(missing_ok=True)
+        return set_aside_incomplete(self.path)
 
     def rewind(self, checkpoint: Path) -> list[Path]:
         """Make the folder what it was when its last complete checkpoint was written.

@@ -74,6 +74,16 @@ class GuardedTrainer(OnlineMergingMixin):
                 raise no_space(Path(self.args.output_dir)) from error
             raise
 
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Refuse a checkpoint that does not have the model's tensors, instead of going on with a warning."""
+        tied = set(getattr(self.model, "all_tied_weights_keys", None) or {})
+        lacking = sorted(set(load_result.missing_keys) - tied)
+        if lacking or load_result.unexpected_keys:
+            raise UserError(
+                f"the checkpoint does not fit the model: it lacks {lacking or 'nothing'} and has "
+                f"{sorted(load_result.unexpected_keys) or 'nothing'} too many; start a new run"
+            )
+
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write nothing: the run folder's ``README.md`` is ours."""
 

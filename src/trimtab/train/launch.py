@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import importlib
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
+from rich.console import Console
 from transformers.trainer_callback import PrinterCallback
 
 from trimtab.errors import UserError
 from trimtab.files import write_text
 from trimtab.recipe import Recipe, make_recipe, refuse_differences
-from trimtab.train.arguments import config_class
 from trimtab.train.callbacks import CompleteCheckpoints, MetricsFile, SparseProgress
 from trimtab.train.card import model_card
 from trimtab.train.checkpoints import last_complete, read_marker
+from trimtab.train.estimate import measure
 from trimtab.train.folder import RunFolder
 from trimtab.train.guard import is_disk_full, no_space
 from trimtab.train.optimizers import unwrapped
@@ -57,7 +59,7 @@ def run(
     if is_first_process():
         folder.check(resume=resume, overwrite=overwrite)
     if resume and not folder.is_fresh():
-        refuse_differences(make_recipe(folder.started_with(), config_class=config_class), recipe)
+        refuse_differences(make_recipe(folder.started_with()), recipe)
         if folder.is_finished():
             say(f"the run in {str(folder.path)!r} is finished; its model is {folder.model}")
             return folder.path
@@ -90,6 +92,7 @@ def _train(recipe: Recipe, folder: RunFolder, *, resume: bool) -> None:
     checkpoint = last_complete(folder.path) if resume and folder.path.exists() else None
     parts = gather_parts(recipe, resumes=checkpoint is not None)
     marker = _marker(checkpoint, parts.arguments.world_size) if checkpoint else None
+    _introduce(parts)
     trainer = importlib.import_module(f"trimtab.train.{recipe.method}").make_trainer(parts)
     with parts.arguments.distributed_state.main_process_first():
         if is_first_process():
@@ -104,6 +107,23 @@ def _train(recipe: Recipe, folder: RunFolder, *, resume: bool) -> None:
     else:  # killed after the last checkpoint: the Trainer would take one step more
         trainer._load_from_checkpoint(str(checkpoint))
     _finish(trainer, folder, parts)
+
+
+def _introduce(parts: Parts) -> None:
+    """Show what became of the data, and how large the training is."""
+    if not is_first_process():
+        return
+    terminal = sys.stderr.isatty()
+    console = Console(stderr=True, width=None if terminal else 140)
+    for data in (parts.data, parts.held_out_data):
+        if data is not None:
+            console.print(data.report.table())
+    size = measure(parts)
+    say(
+        f"{parts.recipe.method} of {parts.policy.label}: "
+        f"{size.trainable:,} of {size.parameters:,} parameters, "
+        f"{size.steps:,} steps of {size.batch:,} rows on {parts.arguments.device}"
+    )
 
 
 def _marker(checkpoint: Path, world_size: int) -> dict[str, Any] | None:
@@ -126,14 +146,19 @@ def _prepare(folder: RunFolder, parts: Parts, checkpoint: Path | None, *, resume
     if checkpoint is None:
         if resume:
             say(f"{str(folder.path)!r} holds no complete checkpoint; the run starts anew")
-        folder.clear()
+        aside = folder.clear(checkpoints=not resume)
         folder.write_start(parts.recipe, device, processes)
     else:
-        for aside in folder.rewind(checkpoint):
-            say(f"{aside} is incomplete and was set aside")
+        aside = folder.rewind(checkpoint)
         say(f"continuing from {checkpoint}")
         for change in folder.note_resume(checkpoint, parts.recipe.seed, device, processes):
             say(f"this run began elsewhere, so it may not come out bit for bit as there: {change}")
+    for path in aside:
+        say(f"an incomplete checkpoint was set aside as {path}")
+    _write_counts(folder, parts)
+
+
+def _write_counts(folder: RunFolder, parts: Parts) -> None:
     counts = {"train": parts.data.report.to_dict()}
     if parts.held_out_data is not None:
         counts["eval"] = parts.held_out_data.report.to_dict()
@@ -176,6 +201,7 @@ def _finish(trainer: Any, folder: RunFolder, parts: Parts) -> None:
     """Write what is known at the end; ``model/`` comes last, and a run that has it is finished."""
     _sample(trainer, folder, parts, "after")
     if is_first_process():
+        _write_counts(folder, parts)  # those of a stream have grown
         write_text(folder.path / "README.md", model_card(folder, parts))
         model = trainer.accelerator.unwrap_model(trainer.model)
         model.config.use_cache = True  # the Trainer turned it off for training

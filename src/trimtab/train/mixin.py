@@ -39,6 +39,7 @@ class OnlineMergingMixin:
 
     def __init__(self, *args: Any, optimizer_plan: OptimizerPlan, **kwargs: Any) -> None:
         self.optimizer_plan = optimizer_plan
+        self._last_logged = 0
         self._scheduled: torch.optim.Optimizer | None = None
         super().__init__(*args, **kwargs)
         self._refuse_flat_parameters()
@@ -92,5 +93,6 @@ class OnlineMergingMixin:
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add what the optimizer measured to a training log, then log as the trainer does."""
         if "loss" in logs and self.optimizer is not None:
-            logs.update(diagnostics(unwrapped(self.optimizer)))
+            logs.update(diagnostics(unwrapped(self.optimizer), since=self._last_logged))
+            self._last_logged = self.state.global_step
         super().log(logs, *args, **kwargs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from trimtab.recipe import Recipe
 from trimtab.train.arguments import training_arguments
 from trimtab.train.models import ModelFolder, find_model, load_delta, load_tokenizer
 from trimtab.train.optimizers import OptimizerPlan
+from trimtab.train.terminal import is_first_process
 
 
 @dataclass(frozen=True)
@@ -107,4 +109,11 @@ def find_models(recipe: Recipe) -> tuple[ModelFolder, ModelFolder | None]:
 
 
 def _load(recipe: Recipe, part: str, tokenizer: Any) -> PreparedData:
-    return load_data(recipe.data, method=recipe.method, part=part, tokenizer=tokenizer, seed=recipe.seed)
+    return load_data(
+        recipe.data,
+        method=recipe.method,
+        part=part,
+        tokenizer=tokenizer,
+        seed=recipe.seed,
+        progress=sys.stderr.isatty() and is_first_process(),
+    )

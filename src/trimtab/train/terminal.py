@@ -33,8 +33,10 @@ def plain_libraries() -> Iterator[None]:
         logging.disable_progress_bar()
     try:
         with warnings.catch_warnings():
-            # TRL 1.16 reads a property that transformers 5.23 has renamed.
-            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+            # TRL 1.16 still uses names that transformers 5.23 has replaced.
+            warnings.filterwarnings(
+                "ignore", r"`(is_)?gradient_checkpointing\w*` is deprecated", FutureWarning
+            )
             yield
     finally:
         if hide and not bars:

@@ -1,0 +1,182 @@
+"""From a recipe to parameter groups, optimizers, schedules and diagnostics."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests import tiny
+from trimtab import OnDARE, OnlineMerging, OnTIES, ReferenceDelta, UserError
+from trimtab.recipe import make_recipe
+from trimtab.train.optimizers import OptimizerPlan, diagnostics, parameter_groups
+
+
+def names(group: dict[str, Any]) -> list[str]:
+    return [name for name, _ in group["params"]]
+
+
+def named(*wanted: str) -> list[tuple[str, torch.Tensor]]:
+    return [(name, torch.zeros(2)) for name in wanted]
+
+
+def test_decay_is_for_the_parameters_it_is_for_and_order_is_kept() -> None:
+    parameters = named("embed", "up.weight", "up.bias", "norm", "down.weight")
+    groups = parameter_groups(parameters, {"embed", "up.weight", "down.weight"}, 0.1)
+    assert [(group["weight_decay"], names(group)) for group in groups] == [
+        (0.1, ["embed", "up.weight", "down.weight"]),
+        (0.0, ["up.bias", "norm"]),
+    ]
+
+
+def test_the_first_pattern_that_fits_counts_and_its_decay_holds_for_biases_too() -> None:
+    parameters = named("embed", "up.weight", "up.bias", "head")
+    patterns = [
+        {"pattern": "^up", "lr": 1e-4, "weight_decay": 0.3},
+        {"pattern": "weight|head", "merge_every": 4},
+    ]
+    groups = parameter_groups(parameters, {"embed", "up.weight", "head"}, 0.1, patterns)
+    assert [(names(group), {k: v for k, v in group.items() if k != "params"}) for group in groups] == [
+        (["embed"], {"weight_decay": 0.1}),
+        (["up.weight"], {"weight_decay": 0.3, "lr": 1e-4}),
+        (["up.bias"], {"weight_decay": 0.3, "lr": 1e-4}),
+        (["head"], {"weight_decay": 0.1, "merge_every": 4}),
+    ]
+
+
+def test_patterns_see_canonical_names() -> None:
+    parameters = named("module._orig_mod.model.norm.weight", "base_model.model.q.lora_A.default.weight")
+    groups = parameter_groups(parameters, set(), 0.0, [{"pattern": r"^model\.norm\.weight$", "lr": 0.5}])
+    assert [(names(group), group.get("lr")) for group in groups] == [
+        (["module._orig_mod.model.norm.weight"], 0.5),
+        (["base_model.model.q.lora_A.default.weight"], None),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("patterns", "sentence"),
+    [
+        (["up.wieght"], "groups.0.pattern 'up.wieght' finds none of the 2 trained .* nearest is 'up.weight'"),
+        (["zzz"], "groups.0.pattern 'zzz' finds none of the 2 trained parameters; they are called like"),
+        (["up", "weight"], "groups.1.pattern 'weight' finds only parameters that an earlier group has taken"),
+    ],
+)
+def test_a_pattern_without_parameters_is_refused(patterns: list[str], sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        parameter_groups(named("up.weight", "up.bias"), set(), 0.0, [{"pattern": p} for p in patterns])
+
+
+@pytest.fixture(scope="module")
+def policy(tiny_models: tuple[Path, Path]) -> torch.nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(tiny_models[1])
+
+
+@pytest.fixture(scope="module")
+def delta(tiny_models: tuple[Path, Path]) -> ReferenceDelta:
+    return ReferenceDelta.between(reference=tiny_models[1], base=tiny_models[0])
+
+
+def plan_for(
+    models: tuple[Path, Path], delta: ReferenceDelta | None, tmp_path: Path, **sections: Any
+) -> OptimizerPlan:
+    base = {"base": str(models[0])} if delta is not None else {}
+    rows = tiny.write_rows(tmp_path / "rows.jsonl", tiny.preference_rows(2))
+    values = {
+        "method": "dpo",
+        "reference": str(models[1]),
+        "data": {"train": str(rows)},
+        "output": str(tmp_path / "o"),
+    }
+    return OptimizerPlan.from_recipe(make_recipe({**values, **base, "seed": 7, **sections}), delta)
+
+
+def build(plan: OptimizerPlan, model: torch.nn.Module) -> Any:
+    return plan.build(model, {name for name, _ in model.named_parameters() if "norm" not in name})
+
+
+def test_adamw_is_torch_s_own(tiny_models: Any, policy: Any, tmp_path: Path) -> None:
+    section = {"name": "adamw", "lr": 1e-4, "betas": [0.8, 0.9], "eps": 1e-7, "weight_decay": 0.2}
+    optimizer = build(plan_for(tiny_models, None, tmp_path, optimizer=section), policy)
+    assert type(optimizer) is torch.optim.AdamW
+    decayed, plain = optimizer.param_groups
+    assert [decayed["weight_decay"], plain["weight_decay"]] == [0.2, 0.0]
+    assert all((g["lr"], g["betas"], g["eps"]) == (1e-4, (0.8, 0.9), 1e-7) for g in optimizer.param_groups)
+    assert diagnostics(optimizer) == {}
+
+
+@pytest.mark.parametrize(("name", "kind"), [("ondare", OnDARE), ("onties", OnTIES)])
+def test_merging_settings_reach_the_optimizer(
+    name: str, kind: type, tiny_models: Any, policy: Any, delta: Any, tmp_path: Path
+) -> None:
+    groups = [{"pattern": "layers.1", "merge_weight": 1e-3, "merge_every": 2}]
+    section = {"name": name, "lr": 1e-5, "reserve_rate": 0.25, "merge_weight": 1e-5, "groups": groups}
+    section |= {"rescale": "l1", "rounding": "stochastic", "redraw": False, "measure_every": 3}
+    optimizer = build(plan_for(tiny_models, delta, tmp_path, optimizer=section), policy)
+    assert type(optimizer) is kind
+    assert {(g["merge_weight"], g["merge_every"]) for g in optimizer.param_groups} == {(1e-5, 1), (1e-3, 2)}
+    assert {g["reserve_rate"] for g in optimizer.param_groups} == {0.25}
+    merging = optimizer.merging
+    assert (merging.seed, merging.rounding, merging.preset.redraw, optimizer.measure_every) == (
+        7,
+        "stochastic",
+        False,
+        3,
+    )
+    assert merging.preset.operator.rescale == "l1"
+
+
+def test_any_pairing_goes_around_adamw(tiny_models: Any, policy: Any, delta: Any, tmp_path: Path) -> None:
+    section = {"name": "online_merging", "lr": 1e-5, "sparsify": "bernoulli", "consensus": "sign"}
+    section |= {"reserve_rate": 0.5, "merge_weight": 1e-5}
+    optimizer = build(plan_for(tiny_models, delta, tmp_path, optimizer=section), policy)
+    assert isinstance(optimizer, OnlineMerging)
+    assert type(optimizer.optimizer) is torch.optim.AdamW
+    operator = optimizer.merging.preset.operator
+    assert (operator.sparsify, operator.consensus) == ("bernoulli", "sign")
+
+
+def test_schedules_scale_what_each_group_starts_with(
+    tiny_models: Any, policy: Any, delta: Any, tmp_path: Path
+) -> None:
+    groups = [{"pattern": "norm", "merge_weight": 4e-3}]
+    section = {"name": "ondare", "lr": 1e-5, "reserve_rate": 0.5, "merge_weight": 1e-3, "groups": groups}
+    schedule = {
+        "merge_weight": {"type": "linear", "warmup_steps": 2},
+        "reserve_rate": {"type": "linear", "end": 0.5},
+    }
+    plan = plan_for(tiny_models, delta, tmp_path, optimizer=section, schedule=schedule)
+    optimizer = build(plan, policy)
+    plan.schedule(optimizer, 4)
+    seen = []
+    for p in policy.parameters():
+        p.grad = torch.zeros_like(p)
+    before = [p.detach().clone() for p in policy.parameters()]
+    for _ in range(4):
+        optimizer.step()
+        seen.append([(g["merge_weight"], g["reserve_rate"]) for g in optimizer.param_groups])
+    for p, start in zip(policy.parameters(), before, strict=True):
+        p.data.copy_(start)
+        p.grad = None
+    factors, rates = [0.0, 0.5, 1.0, 0.5], [0.5, 0.4375, 0.375, 0.3125]
+    expected = [[(1e-3 * f, p), (4e-3 * f, p)] for f, p in zip(factors, rates, strict=True)]
+    assert [sorted(step) for step in seen] == [sorted(step) for step in expected]
+
+
+def test_diagnostics_give_arrival_only_once(tiny_models: Any, delta: Any, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_models[1])
+    section = {"name": "ondare", "lr": 1e-5, "reserve_rate": 0.5, "merge_weight": 1e-3}
+    optimizer = build(plan_for(tiny_models, delta, tmp_path, optimizer=section), model)
+    assert diagnostics(optimizer) == {"merge/weight": 1e-3, "merge/reserve_rate": 0.5}
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    shares = diagnostics(optimizer)
+    assert shares["merge/arrived_delta"] == optimizer.arrival.delta
+    assert 0.9 < shares["merge/arrived_update"] <= 1.0
+    assert set(diagnostics(optimizer, since=1)) == {"merge/weight", "merge/reserve_rate"}
