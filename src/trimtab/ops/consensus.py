@@ -55,7 +55,8 @@ def consensus(
         terms: tensors xᵢ of one shape and dtype.
         weights: one weight for each.
         kind: which entries of which terms count.
-        normalize: divide by the sum of the weights that agree (offline TIES); 0 where none does.
+        normalize: divide by the sum of the weights that agree (offline TIES; all of them for ``linear``); 0
+            where none does.
 
     Returns:
         A tensor like the terms.
@@ -71,8 +72,13 @@ def consensus(
     total = _sum(parts)
     if not normalize:
         return total
+    # A linear consensus is a weighted mean: an entry of 0 has agreed too. In a vote it has not.
+    everyone = kind == "linear"
     votes = _sum(
-        [torch.where(part != 0, float(w), 0.0).to(total) for part, w in zip(parts, weights, strict=True)]
+        [
+            torch.where((part != 0) | everyone, float(w), 0.0).to(total)
+            for part, w in zip(parts, weights, strict=True)
+        ]
     )
     return torch.where(votes == 0, torch.zeros_like(total), total / votes)
 
