@@ -58,7 +58,7 @@ def run(
 
 
 def _table(statistics: dict[str, TensorStatistics], top: int) -> Table:
-    """The parameters that moved most, in proportion to nothing: by norm; and all of them together."""
+    """The parameters with the largest ‖τ‖, and all of them together."""
     largest = sorted(statistics.items(), key=lambda item: -item[1].norm)[:top]
     rest = len(statistics) - len(largest)
     table = Table(title="Largest parameters of τ = reference − base", show_footer=True, title_justify="left")
@@ -74,8 +74,8 @@ def _table(statistics: dict[str, TensorStatistics], top: int) -> Table:
 
 
 def _cells(one: TensorStatistics) -> tuple[str, str, str, str]:
-    share = one.norm / one.reference_norm if one.reference_norm else float("nan")
-    return f"{one.norm:.4g}", f"{share:.2%}", f"{one.mean_abs:.3g}", f"{one.zeros:.1%}"
+    share = f"{one.norm / one.reference_norm:.2%}" if one.reference_norm else "–"
+    return f"{one.norm:.4g}", share, f"{one.mean_abs:.3g}", f"{one.zeros:.1%}"
 
 
 def _lines(delta: ReferenceDelta, path: Path) -> list[str]:

@@ -128,7 +128,7 @@ class AdapterFolder:
         self.aliases: Mapping[str, str] = {}
         self.problems = Problems()
         self._checkpoint: Checkpoint = open_checkpoint(located.folder, adapter=True)
-        self._keys = {canonical_name(key): key for key in self._checkpoint.keys()}  # noqa: SIM118
+        self._keys = {_adapter_name(key): key for key in self._checkpoint.keys()}  # noqa: SIM118
 
     def names(self) -> tuple[str, ...]:
         """Canonical names: without PEFT's prefix."""
@@ -208,6 +208,12 @@ def check_model(model: Model, role: str) -> None:
     model.problems.refuse(f"the weights of the {role} {model.label!r} do not fit its config.json")
     if not model.names():
         raise UserError(f"the {role} {model.label!r} has no parameters")
+
+
+def _adapter_name(key: str) -> str:
+    """Canonical name of an adapter file's key; DoRA's vectors lose their ``.weight`` there."""
+    name = canonical_name(key)
+    return f"{name}.weight" if name.endswith(".lora_magnitude_vector") else name
 
 
 def _aliases(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> dict[str, str]:

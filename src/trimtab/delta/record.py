@@ -289,7 +289,7 @@ def _sums(values: Tensor) -> tuple[float, float, int]:
     """Σ x², Σ |x| in float64, and how many are not 0; chunk by chunk."""
     squares, magnitudes, nonzero = [], [], 0
     for part in chunks(values):
-        magnitude = part.double().abs_()
+        magnitude = part.to(torch.float64, copy=True).abs_()
         nonzero += int(magnitude.count_nonzero())
         magnitudes.append(float(magnitude.sum()))
         squares.append(float(magnitude.square_().sum()))
