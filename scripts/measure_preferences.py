@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--instructions", required=True, help="held-out instructions: a file or hub id")
     parser.add_argument("--max-length", type=int, default=128, help="longest pair in tokens")
     parser.add_argument(
-        "--max-instruction-length", type=int, default=192, help="longest instruction in tokens"
+        "--max-instruction-length", type=int, default=128, help="longest instruction in tokens"
     )
     parser.add_argument("--limit", type=int, help="use only the first rows of each, this many")
     options = parser.parse_args(argv)
