@@ -55,11 +55,10 @@ class Layout:
         """
         for need in self.missing(row):
             if not any(name in row for name in need.split("|")):
-                close = nearest(need.split("|")[0], [name for name in row if name not in self.reads()])
+                wanted = need.split("|")[0]
+                close = nearest(wanted, [name for name in row if name not in self.reads()])
                 hint = f" (is {close!r} meant?)" if close else ""
-                raise BadRow(
-                    f"column {need.replace('|', ' or ')!r} is missing{hint}; there are {quoted(row)}"
-                )
+                raise BadRow(f"column {wanted!r} is missing{hint}; there are {quoted(row)}")
             raise Dropped("null")
         return self.convert(row)
 

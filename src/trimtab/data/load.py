@@ -226,10 +226,10 @@ def _counted(pipeline: Pipeline, shown: SourceReport) -> Iterator[dict[str, Any]
     """One pass over a stream; trainers start several, to see the first row, and the furthest is shown."""
     counts = shown.emptied()
     for kept in pipeline.rows(counts):
-        if counts.read >= shown.read:
+        if counts.done >= shown.done:
             shown.adopt(counts)
         yield kept.row
-    if counts.read >= shown.read:
+    if counts.done >= shown.done:
         shown.adopt(counts)
 
 

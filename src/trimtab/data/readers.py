@@ -85,7 +85,7 @@ def _json_lines(path: Path) -> Iterator[Record]:
 
 def _parse(line: str, path: Path, number: int) -> Any:
     try:
-        return json.loads(line)
+        return json.loads(line.rstrip("\r\n"))  # else a fault at the end is said to be in column 1
     except json.JSONDecodeError as error:
         raise UserError(f"{path}:{number} is not JSON: {error.msg} at column {error.colno}") from None
     except RecursionError:

@@ -89,6 +89,11 @@ class SourceReport:
             self.path, self.files, self.format, self.weight, ignored=self.ignored, notes=list(self.notes)
         )
 
+    @property
+    def done(self) -> int:
+        """Rows of which it is known what became of them; a few more may have been read."""
+        return self.kept + sum(self.dropped.values())
+
     def adopt(self, other: SourceReport) -> None:
         """Show what another report has counted."""
         vars(self).update(vars(other))
