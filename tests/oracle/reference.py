@@ -285,7 +285,8 @@ class Parameter:
     tau: list[float] | None  # None: absent from the delta, takes the plain step
     inner: Any
     method: Method
-    count: int = 0
+    count: int = 0  # steps that had a gradient
+    since: int = 0  # those of them at lr > 0 since the last merge
     anchor: list[float] = field(default_factory=list)
     decayed: float = 1.0
 
@@ -297,21 +298,22 @@ class Parameter:
         decay: float = 0.0,
         merge_weight: float = 0.0,
         reserve_rate: float = 1.0,
-        merge_every: int | None = 1,
+        merge_every: int = 1,
         update_kept: Bits | None = None,
         tau_kept: Bits | None = None,
     ) -> None:
-        """One optimizer step. Masks are needed for ``bernoulli`` alone; ``merge_every`` None means never."""
+        """One optimizer step. Masks are needed for ``bernoulli`` alone. At lr = 0 a merge that is due waits."""
         if grad is None:
             return
-        if not self.anchor:
-            self.anchor = list(self.theta)
+        if self.since == 0:
+            self.anchor, self.decayed = list(self.theta), 1.0
         self.count += 1
+        self.since += 1 if lr != 0 else 0
         before = list(self.theta)
         if not self.method.decay_last:
             self.apply_decay(lr, decay)
         update = self.inner.update(before, grad, lr)
-        merging = merge_every is not None and self.count % merge_every == 0 and lr != 0
+        merging = self.since >= merge_every and lr != 0
         if self.tau is None or not merging:
             self.theta = [t + u for t, u in zip(self.theta, update, strict=True)]
         else:
@@ -319,12 +321,18 @@ class Parameter:
         if self.method.decay_last:
             self.apply_decay(lr, decay)
         if merging:
-            self.anchor, self.decayed = list(self.theta), 1.0
+            self.since = 0
 
     def apply_decay(self, lr: float, decay: float) -> None:
         factor = 1 - lr * decay
         self.theta = [factor * t for t in self.theta]
         self.decayed *= factor
+
+    def merge_now(self, alpha: float, p: float, update_kept: Bits | None, tau_kept: Bits | None) -> None:
+        """Merge what is pending without taking a step; steps at lr = 0 leave nothing pending."""
+        if self.since > 0 and self.tau is not None:
+            self.merge([0.0] * len(self.theta), alpha, p, update_kept, tau_kept)
+            self.since = 0
 
     def merge(
         self, update: list[float], alpha: float, p: float, update_kept: Bits | None, tau_kept: Bits | None

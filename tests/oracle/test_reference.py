@@ -165,8 +165,19 @@ def test_step_k_rolls_back_to_the_decayed_anchor() -> None:
     for _ in range(2):
         run.step([4.0], lr=0.5, decay=0.5, merge_weight=0.5, merge_every=2)
     assert run.theta == [7.75]
-    assert run.anchor == [7.75]
-    assert run.decayed == 1
+    # A third step alone: 7.75 * 0.75 = 5.8125, - 2; merging what is pending: delta_c = -2, 5.8125 - 1 + 0.5
+    run.step([4.0], lr=0.5, decay=0.5, merge_weight=0.5, merge_every=2)
+    assert run.theta == [3.8125]
+    run.merge_now(0.5, 1.0, None, None)
+    assert run.theta == [5.3125]
+
+
+def test_a_merge_that_falls_due_at_lr_zero_waits_for_the_next_step() -> None:
+    # anchor 0, SGD -0.5 * 4 = -2 a step, alpha 0.5, tau 8, K = 2, lr 0 in the second step
+    run = oracle.Parameter([0.0], [8.0], oracle.SGD(), oracle.PAPER["ondare"])
+    for lr, theta in ((0.5, -2.0), (0.0, -2.0), (0.5, 0.5 * -4 + 4)):
+        run.step([4.0], lr=lr, merge_weight=0.5, merge_every=2)
+        assert run.theta == [theta]
 
 
 def test_released_ondare_scales_clamps_and_decays_last() -> None:

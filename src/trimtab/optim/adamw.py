@@ -197,7 +197,7 @@ class OnlineMergingAdamW(MergingShell):
         else:
             self._plain_step(name, p, group, master)
             if gap:
-                state[SINCE] += 1
+                state[SINCE] += int(moves(group))
                 state[DECAY] *= _decay(group)
         if gap and due:
             merging.open_interval(state, master)

@@ -286,7 +286,7 @@ class OnlineMerging(MergingShell):
         if gap:
             if SINCE not in state:
                 self.merging.open_interval(state, self._before[p])
-            state[SINCE] += 1
+            state[SINCE] += int(moves(group))
             state[DECAY] *= self._decay(group)
             if state[SINCE] >= group["merge_every"] and moves(group):
                 self._merge(name, p, group, master, rounding, stored.dtype)
