@@ -62,6 +62,12 @@ class Command:
         return parser
 
 
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
 def _declare_quickstart(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", default="quickstart", metavar="FOLDER", help="where the report goes (%(default)s)"
@@ -128,7 +134,7 @@ def _declare_delta(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--no-tokenizer-check", action="store_true", help="take tokenizers that disagree on token ids"
     )
-    parser.add_argument("--top", type=int, default=10, metavar="N", help="parameters shown (10)")
+    parser.add_argument("--top", type=_count, default=10, metavar="N", help="parameters shown (10)")
 
 
 def _delta(options: argparse.Namespace) -> None:
@@ -182,7 +188,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     before = _catch_sigterm()
     try:
         _run(arguments)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # it is None where it was closed
+            sys.stdout.flush()
         return SUCCESS
     except SystemExit as stop:  # argparse, after --help
         return stop.code if isinstance(stop.code, int) else SUCCESS
@@ -286,7 +293,7 @@ def _system_mistake(error: BaseException) -> str | None:
     """Return the sentence for what the operating system refused, where that is the user's to change."""
     if isinstance(error, OSError) and error.errno in _SYSTEM_MISTAKES:
         path = error.filename2 or error.filename
-        named = repr(os.fsdecode(path)) if isinstance(path, str | bytes) else "a file"
+        named = repr(os.fsdecode(path)) if isinstance(path, str | bytes) else "the output"
         return _SYSTEM_MISTAKES[error.errno].format(path=named)
     if "No space left on device" in str(error):  # safetensors and torch wrap the system's error in their own
         return _SYSTEM_MISTAKES[errno.ENOSPC].format(path="what was being written")
