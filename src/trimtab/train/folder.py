@@ -131,6 +131,17 @@ class RunFolder:
             (self.path / name).unlink(missing_ok=True)
         return set_aside_incomplete(self.path)
 
+    def withdraw(self) -> None:
+        """Delete what a run wrote that came to nothing, so that the corrected one finds no run in its way.
+
+        A run that has a checkpoint or has measured anything is kept: there is something to see.
+        """
+        if not self.path.is_dir() or self.metrics.exists() or any(self.path.glob("checkpoint-*")):
+            return
+        self.clear(checkpoints=False)
+        if not any(self.path.iterdir()):
+            self.path.rmdir()
+
     def rewind(self, checkpoint: Path) -> list[Path]:
         """Make the folder what it was when its last complete checkpoint was written.
 

@@ -63,6 +63,7 @@ def run(
         if folder.is_finished():
             say(f"the run in {str(folder.path)!r} is finished; its model is {folder.model}")
             return folder.path
+    was_fresh = folder.is_fresh()
     had_group = torch.distributed.is_available() and torch.distributed.is_initialized()
     try:
         with plain_libraries():
@@ -71,6 +72,8 @@ def run(
         _say_interrupted(folder)
         raise
     except Exception as error:
+        if was_fresh and is_first_process():
+            folder.withdraw()
         if not isinstance(error, UserError) and is_disk_full(error, folder.path):
             raise no_space(folder.path) from error
         raise
