@@ -1,0 +1,96 @@
+"""The dry run's numbers against a real training's."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import Trainer, TrainingArguments
+
+from tests import tiny
+from trimtab.recipe import make_recipe
+from trimtab.train import config_class
+from trimtab.train.dpo import make_trainer
+from trimtab.train.dry_run import gigabytes
+from trimtab.train.estimate import count_steps, measure
+from trimtab.train.optimizers import unwrapped
+from trimtab.train.parts import gather_parts
+from trimtab.train.terminal import plain_libraries
+
+
+def test_steps_are_counted_as_the_trainer_counts_them(tmp_path: Path) -> None:
+    plain = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[])
+    trainer = Trainer(torch.nn.Linear(1, 1), plain, train_dataset=[0])
+    checked = 0
+    for rows, epochs in product((1, 7, 8, 9, 33), (1.0, 2.0, 0.3, 2.5)):
+        for batch, accumulation, drop in ((2, 1, False), (2, 3, False), (4, 2, True)):
+            changes = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
+            arguments = replace(plain, num_train_epochs=epochs, dataloader_drop_last=drop, **changes)
+            loader = torch.utils.data.DataLoader(range(rows), batch_size=batch, drop_last=drop)
+            if len(loader):
+                expected = trainer.set_initial_training_values(arguments, loader)[-1]
+                assert count_steps(rows, arguments) == expected, (rows, epochs, changes)
+                checked += 1
+    assert checked == 56
+
+
+def tensors_of(trainer: Any) -> dict[str, int]:
+    """What is really allocated, by what it is for."""
+    optimizer = unwrapped(trainer.optimizer)
+
+    def size(tensors: Any) -> int:
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    def state(*names: str) -> int:
+        return size(entry[name] for entry in optimizer.state.values() for name in names if name in entry)
+
+    merging = getattr(optimizer, "merging", None)
+    sizes = {
+        "weights": size(trainer.model.parameters()),
+        "gradients": size(p for p in trainer.model.parameters() if p.requires_grad),
+        "Adam's moments": state("exp_avg", "exp_avg_sq"),
+        "reference delta": size(merging._tau.values()) if merging else 0,
+        "sparsified delta": size(kept for _, kept in merging._fixed.values()) if merging else 0,
+        "anchor of step-K": state("merge_anchor"),
+        "reference model": size(trainer.ref_model.parameters()) if trainer.ref_model is not None else 0,
+    }
+    return {name: size for name, size in sizes.items() if size}
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "training", "more"),
+    [
+        ({}, {}, {}),
+        ({"name": "onties", "merge_every": 2}, {}, {}),
+        ({"fidelity": "released"}, {}, {}),
+        (tiny.ADAMW, {"precompute_ref_log_probs": True}, {"base": None}),
+        (tiny.ADAMW, {}, {"base": None, "adapter": {"r": 4, "alpha": 8}}),
+    ],
+    ids=["ondare", "onties K=2", "released", "adamw precomputed", "lora"],
+)
+def test_the_memory_estimate_is_what_a_training_holds(
+    optimizer: dict[str, Any], training: dict[str, Any], more: dict[str, Any],
+    tiny_models: Any, tiny_pairs: Any, tmp_path: Path,
+) -> None:  # fmt: skip
+    training = {"max_steps": 2, "save_strategy": "no", **training}
+    values = tiny.recipe(
+        tiny_models, tiny_pairs, tmp_path / "o", optimizer=optimizer, training=training,
+        evaluation={"at_start": False}, **more,
+    )  # fmt: skip
+    with plain_libraries():
+        parts = gather_parts(make_recipe(values, config_class=config_class), resumes=False)
+        size = measure(parts)
+        trainer = make_trainer(parts)
+        trainer.train()
+    assert size.memory == tensors_of(trainer)
+    assert size.parameters == sum(p.numel() for p in trainer.model.parameters())
+    assert size.trainable == sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    assert size.steps == trainer.state.max_steps == 2
+
+
+def test_bytes_are_spelled() -> None:
+    assert gigabytes(7_000_000_000) == "7.00 GB"
