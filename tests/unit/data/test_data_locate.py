@@ -173,7 +173,7 @@ def test_a_hub_dataset_that_does_not_exist(load, monkeypatch):
 
 def test_a_fault_in_a_hub_dataset_names_the_row(load, monkeypatch):
     rows = [pair(), {**pair(), "chosen": ["a", "b"]}]
-    fake_hub(monkeypatch, datasets.IterableDataset.from_generator(lambda: iter(rows)))
+    fake_hub(monkeypatch, rows)
     assert load.error("dpo", Source("org/name", split="train")) == (
         "org/name[train], row 2: column 'chosen' holds a list of texts; text is needed"
     )
