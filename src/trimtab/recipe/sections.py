@@ -50,9 +50,9 @@ class Source(Section):
     path: Text
     """A file (JSONL, JSON, Parquet, CSV; also .gz), a folder of them, or a hub id."""
     weight: Positive = 1.0
-    """How often rows of this source are drawn, relative to the other sources."""
+    """Passes over this source in one epoch: 0.5 takes a random half of its rows, 2 takes every row twice."""
     split: Text | None = None
-    """Split of a hub dataset; null: the part's own name (train; for eval: validation, else test)."""
+    """Split of a hub dataset, or a word in the file names of a folder; null: the part's own name (train; for eval: validation, else test)."""
     subset: Text | None = None
     """Configuration of a hub dataset."""
     limit: PositiveCount | None = None
