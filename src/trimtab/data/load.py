@@ -189,10 +189,11 @@ def _collect(
 
 @contextmanager
 def _tracked(rows: Iterator[T], name: str, progress: bool) -> Iterator[Iterable[T]]:
-    """Rows, with a bar that counts them when asked."""
+    """Rows, with a line on standard error that counts them when asked."""
     if not progress:
         yield rows
         return
+    from rich.console import Console
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
     columns = (
@@ -200,7 +201,7 @@ def _tracked(rows: Iterator[T], name: str, progress: bool) -> Iterator[Iterable[
         TextColumn("reading {task.description}: {task.completed} rows"),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, transient=True) as bar:
+    with Progress(*columns, transient=True, console=Console(stderr=True)) as bar:
         yield bar.track(rows, description=name)
 
 

@@ -451,7 +451,7 @@ def test_progress_is_shown_when_asked(load, write, capsys):
     assert (
         load_data(spec, method="dpo", part="train", tokenizer=load.tokenizer, progress=True).report.rows == 1
     )
-    assert capsys.readouterr().err == ""
+    assert capsys.readouterr().out == ""
 
 
 def test_a_file_that_cannot_be_read(load, write, tmp_path):
