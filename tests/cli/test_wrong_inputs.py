@@ -333,7 +333,7 @@ def test_a_wrong_delta(prepare, arguments, words, place, trimtab):
 
 
 def assert_nothing_half_written(run: Path) -> None:
-    """Every checkpoint is marked, nothing has a temporary name, and there is no model that was not finished."""
+    """Every checkpoint is marked, nothing has a temporary name, and no unfinished model is there."""
     assert not [path for path in run.rglob("*") if path.name.startswith(".") or path.suffix == ".tmp"]
     assert not (run / "model").exists()
     for checkpoint in run.glob("checkpoint-*"):
@@ -395,7 +395,7 @@ def small_disk(place: Place) -> Iterator[Callable[[int], Path]]:
 
 @pytest.mark.parametrize("kilobytes", [4, 64, 160, 400, 640])
 def test_a_full_disk_while_training(kilobytes, place, trimtab, small_disk):
-    """At the recipe, the first checkpoint's weights or optimizer, the second checkpoint, or the final model."""
+    """At the recipe, at either checkpoint's weights or optimizer state, or at the final model."""
     disk = small_disk(kilobytes)
     result = trimtab("train", place.recipe({"output": "disk/run"}))
     assert result.code == 2, result.err

@@ -52,7 +52,10 @@ class Source(Section):
     weight: Positive = 1.0
     """Passes over this source in one epoch: 0.5 takes a random half of its rows, 2 takes every row twice."""
     split: Text | None = None
-    """Split of a hub dataset, or a word in a folder's file names; null: train (for eval: validation, else test)."""
+    """Split of a hub dataset, or a word in a folder's file names.
+
+    null: train; for eval: validation, else test.
+    """
     subset: Text | None = None
     """Configuration of a hub dataset."""
     limit: PositiveCount | None = None

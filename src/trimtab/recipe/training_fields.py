@@ -55,6 +55,19 @@ REFUSED: dict[str, str] = {
 }
 """Fields of the trainer's config that no recipe may set, and why."""
 
+LEAST: dict[str, int] = {
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "save_total_limit": 1,
+    "max_grad_norm": 0,
+    "dataloader_num_workers": 0,
+}
+"""The least that makes sense in fields whose config class takes any number and fails on it later."""
+
+ABOVE_ZERO = ("num_train_epochs", "max_steps", "save_steps", "logging_steps")
+"""Fields that count what must happen; -1 for max_steps is transformers' word for "by epochs"."""
+
 ALSO: dict[str, type] = {"fsdp": bool}
 """Types a field takes beyond its annotation: transformers' docs say ``fsdp=True``."""
 
@@ -111,9 +124,20 @@ def check_training_fields(
             continue
         try:
             cast[name] = _cast(value, hints[name] | ALSO[name] if name in ALSO else hints[name])
+            problems += _out_of_range(name, cast[name])
         except UserError as error:
             problems.append(Problem(("training", name), str(error)))
     return cast, problems
+
+
+def _out_of_range(name: str, value: Any) -> list[Problem]:
+    if isinstance(value, bool) or not isinstance(value, int | float) or (name, value) == ("max_steps", -1):
+        return []
+    if name in LEAST and value < LEAST[name]:
+        return [Problem(("training", name), f"must be at least {LEAST[name]}, not {value}")]
+    if name in ABOVE_ZERO and value <= 0:
+        return [Problem(("training", name), f"must be above 0, not {value}")]
+    return []
 
 
 def _unknown(name: str, config_class: type, usable: list[str], owned: Mapping[str, str]) -> str:

@@ -23,6 +23,8 @@ class Strategy(enum.StrEnum):
 class Config:
     learning_rate: float = 1e-6
     max_steps: int = -1
+    max_grad_norm: float = 1.0
+    per_device_train_batch_size: int = 8
     save_steps: float = 500
     warm: float = 0.0
     bf16: bool | None = None
@@ -42,6 +44,8 @@ class Config:
     [
         ("max_steps", "1e2", 100),
         ("max_steps", 5.0, 5),
+        ("max_steps", -1, -1),
+        ("max_grad_norm", 0, 0),
         ("warm", "1e-6", 1e-6),
         ("save_steps", 10, 10),
         ("save_steps", "0.5", 0.5),
@@ -88,6 +92,15 @@ def test_values_are_cast(name, value, cast):
         ("sizes", ["a"], "training.sizes must be a list or null, not a list"),
         ("run_name", 5, "training.run_name must be null or text, not 5"),
         ("which", "c", "training.which must be 'a' or 'b', not 'c'"),
+        ("max_steps", 0, "training.max_steps must be above 0, not 0"),
+        ("max_steps", -5, "training.max_steps must be above 0, not -5"),
+        ("save_steps", 0, "training.save_steps must be above 0, not 0"),
+        ("max_grad_norm", -1, "training.max_grad_norm must be at least 0, not -1"),
+        (
+            "per_device_train_batch_size",
+            "0",
+            "training.per_device_train_batch_size must be at least 1, not 0",
+        ),
         ("deepspeed", "x.json", "training.deepspeed is not supported"),
     ],
 )
