@@ -9,8 +9,8 @@ from collections.abc import Iterable
 class UserError(ValueError):
     """A mistake of the user's: what is wrong, where, and what would be right, in one sentence.
 
-    The command line prints the sentence and exits with code 2, without a traceback. Library code raises it wherever
-    bad input is found; as a ``ValueError`` it reads as one to callers from Python.
+    The command line prints the sentence and exits with code 2, without a traceback. Library code raises it
+    wherever bad input is found; as a ``ValueError`` it reads as one to callers from Python.
     """
 
 
