@@ -94,7 +94,7 @@ class Checkpoint:
         return dict(self._open(file).metadata() or {})
 
     def read(self, key: str) -> Tensor:
-        """Read one tensor; it may be a view of the mapped file, so it must not be written to."""
+        """Read one tensor."""
         return self._guarded(key, lambda handle: handle.get_tensor(key))
 
     def read_slice(self, key: str, slices: tuple[slice, ...]) -> Tensor:
@@ -104,7 +104,13 @@ class Checkpoint:
             key: the tensor's key.
             slices: one slice of step 1 per leading dimension.
         """
-        return self._guarded(key, lambda handle: handle.get_slice(key)[slices])
+        shape = self.shape(key)
+        part = [whole.indices(size)[:2] for whole, size in zip(slices, shape, strict=False)]
+        lengths = [max(stop - start, 0) for start, stop in part]
+        if 0 in lengths:  # safetensors refuses empty ranges at the end
+            return torch.empty([*lengths, *shape[len(part) :]], dtype=self.dtype(key))
+        exact = tuple(slice(start, stop) for start, stop in part)
+        return self._guarded(key, lambda handle: handle.get_slice(key)[exact])
 
     def _guarded(self, key: str, read: Any) -> Tensor:
         file = self._file[key]
@@ -132,7 +138,8 @@ class Checkpoint:
             if not path.is_file():
                 raise UserError(f"{path} is missing, although the folder's index names it; copy it there")
             try:
-                self._handles[file] = safe_open(path, framework="pt", device="cpu")
+                # "pread", not the default map: mapped pages would count as memory until the file is closed.
+                self._handles[file] = safe_open(path, framework="pt", device="cpu", backend="pread")
             except (SafetensorError, OSError) as error:
                 raise UserError(
                     f"{path} is no whole safetensors file ({error}); copy or download it again"

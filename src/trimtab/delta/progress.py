@@ -10,7 +10,7 @@ from trimtab.delta.record import Progress
 
 @contextmanager
 def progress_bar(description: str) -> Iterator[Progress]:
-    """Show a bar on stderr; yield the function to be called after each parameter.
+    """Show a bar on stderr if that is a terminal; yield the function to be called after each parameter.
 
     Args:
         description: what is being done.
@@ -26,7 +26,8 @@ def progress_bar(description: str) -> Iterator[Progress]:
         TimeRemainingColumn(),
         TextColumn("[dim]{task.fields[name]}"),
     )
-    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
+    console = Console(stderr=True)
+    with Bar(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(description, total=None, name="")
 
         def advance(name: str, done: int, total: int) -> None:

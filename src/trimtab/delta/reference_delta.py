@@ -205,7 +205,7 @@ class ReferenceDelta:
             dtype: default as stored: fp32, or fp64 where a source is fp64.
 
         Returns:
-            A tensor of the parameter's shape; it may be a view of a file, so copy it before writing to it.
+            A tensor of the parameter's shape; it may be the delta's own, so copy it before writing to it.
 
         Raises:
             UserError: the delta has no such parameter, or a source holds NaN or infinity.

@@ -36,7 +36,8 @@ def check_tokenizers(reference: Path, base: Path) -> None:
         raise UserError(
             f"the tokenizers of {reference} and {base} disagree on {len(different)} of {len(shared)} shared "
             f"token ids ({first_few(different)}), so their embeddings are not comparable; give the base "
-            f"that the reference was made from, or check_tokenizers=False if ids were renamed on purpose"
+            f"that the reference was made from, or check_tokenizers=False (--no-tokenizer-check) if ids were "
+            f"renamed on purpose"
         )
 
 
@@ -53,6 +54,7 @@ def _tokens(folder: Path) -> dict[int, str]:
     except Exception as error:  # tokenizer libraries raise anything, down to bare Exception
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"cannot read the tokenizer in {folder}: {reason}; mend it, or give check_tokenizers=False"
+            f"cannot read the tokenizer in {folder}: {reason}; mend it, or give check_tokenizers=False "
+            f"(--no-tokenizer-check)"
         ) from error
     return {id_: token for token, id_ in tokenizer.get_vocab().items()}

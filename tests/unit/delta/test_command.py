@@ -12,6 +12,7 @@ from tests import tiny
 from tests.unit.delta import checkpoints as made
 from trimtab.delta import ReferenceDelta
 from trimtab.delta.command import run
+from trimtab.delta.progress import progress_bar
 from trimtab.errors import UserError
 
 
@@ -69,3 +70,16 @@ def test_a_reference_of_zeros_has_no_proportion(tmp_path: Path, console: Console
     run(*map(str, folders), str(tmp_path / "delta"), top=100, console=console)
     row = next(line for line in shown(console).splitlines() if "model.norm.weight" in line)
     assert "–" in row
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_the_bar_goes_to_stderr_and_only_to_a_terminal(
+    terminal: bool, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TTY_COMPATIBLE", str(int(terminal)))  # rich's switch
+    with progress_bar("measuring") as progress:
+        progress("a", 1, 3)
+        progress("b", 3, 3)
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert ("measuring" in err, err == "") == (terminal, not terminal)

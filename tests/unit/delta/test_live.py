@@ -116,6 +116,20 @@ class TestModules:
         with pytest.raises(UserError, match=r"torch.int8 \(2 × 2\)"):
             ReferenceDelta.between(reference=model, base=nn.Linear(2, 2))
 
+    def test_sharded_parameters(self) -> None:
+        import torch.distributed as dist
+        from torch.distributed.tensor import Replicate, distribute_tensor
+
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        try:
+            mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
+            model = nn.Linear(2, 2)
+            model.weight = nn.Parameter(distribute_tensor(model.weight.detach(), mesh, [Replicate()]))
+            with pytest.raises(UserError, match="'weight' of the Linear in memory is sharded"):
+                ReferenceDelta.between(reference=model, base=nn.Linear(2, 2))
+        finally:
+            dist.destroy_process_group()
+
     def test_not_finite(self) -> None:
         model = nn.Linear(2, 2)
         nn.init.constant_(model.bias, float("nan"))
