@@ -16,6 +16,8 @@ from trimtab.train import config_class
 from trimtab.train.arguments import training_arguments
 from trimtab.train.terminal import plain_libraries
 
+pytestmark = pytest.mark.xdist_group("train")  # one worker: what costs is importing TRL
+
 
 @pytest.fixture
 def arguments(tiny_models: Any, tiny_pairs: Any, tmp_path: Path) -> Any:

@@ -21,6 +21,8 @@ from trimtab.train.optimizers import unwrapped
 from trimtab.train.parts import gather_parts
 from trimtab.train.terminal import plain_libraries
 
+pytestmark = pytest.mark.xdist_group("train")  # one worker: what costs is importing TRL
+
 
 def test_steps_are_counted_as_the_trainer_counts_them(tmp_path: Path) -> None:
     plain = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[])

@@ -18,6 +18,8 @@ from trimtab.train import config_class, run
 from trimtab.train.checkpoints import checkpoint_folders, last_complete, read_marker
 from trimtab.train.terminal import plain_libraries
 
+pytestmark = pytest.mark.xdist_group("train")  # one worker: what costs is importing TRL
+
 
 def files(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}

@@ -22,6 +22,8 @@ from trimtab.train.optimizers import unwrapped
 from trimtab.train.parts import gather_parts
 from trimtab.train.terminal import plain_libraries
 
+pytestmark = pytest.mark.xdist_group("train")  # one worker: what costs is importing TRL
+
 LR, ALPHA, P, SEED, STEPS = 1e-3, 1e-2, 0.5, 3, 3
 
 
