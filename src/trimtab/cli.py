@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import textwrap
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,9 @@ from trimtab import __version__
 from trimtab.errors import UserError, nearest, unknown
 
 SUCCESS, FAILURE, MISTAKE, INTERRUPTED, TERMINATED, BROKEN_PIPE = 0, 1, 2, 130, 143, 141
+
+PATIENCE = 10.0
+"""Seconds that a process other than the first waits with a mistake for the first to say it."""
 
 
 class Terminated(KeyboardInterrupt):
@@ -254,9 +258,22 @@ def _failed(error: BaseException) -> int:
     rank = os.environ.get("RANK", "0")
     if rank == "0":
         print(f"trimtab: {sentence}", file=sys.stderr, flush=True)
-    elif code == FAILURE:  # a mistake is everyone's and said once; a failure may be this process's alone
+    elif code == FAILURE or (code == MISTAKE and not _first_process_speaks()):
         print(f"trimtab: process {rank} {sentence}", file=sys.stderr, flush=True)
     return code
+
+
+def _first_process_speaks() -> bool:
+    """Whether the launcher stops this process within a while, because the first one has failed as well.
+
+    A mistake is mostly everyone's, and the first process says it. Were another one to end before that, the
+    launcher would stop the first, and nobody would have spoken.
+    """
+    try:
+        time.sleep(PATIENCE)
+    except KeyboardInterrupt:
+        return True
+    return False
 
 
 def _verdict(error: BaseException) -> tuple[int, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -193,7 +194,6 @@ def test_the_traceback_is_there_for_whoever_asks(trimtab, command, monkeypatch):
     ("error", "rank", "said"),
     [
         (UserError("a mistake"), "0", "trimtab: error: a mistake\n"),
-        (UserError("a mistake"), "1", ""),
         (KeyboardInterrupt(), "3", ""),
         (
             RuntimeError("alone"),
@@ -206,6 +206,22 @@ def test_under_torchrun_one_process_speaks(error, rank, said, trimtab, command, 
     command(raising(error))
     monkeypatch.setenv("RANK", rank)
     assert trimtab("delta").err == said
+
+
+@pytest.mark.parametrize(("stopped", "said"), [(True, ""), (False, "trimtab: process 1 error: a mistake\n")])
+def test_another_process_speaks_of_a_mistake_only_if_the_first_does_not(
+    stopped, said, trimtab, command, monkeypatch
+):
+    def sleep(seconds):
+        assert seconds == cli.PATIENCE
+        if stopped:  # by torchrun, since the first process has ended
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    command(raising(UserError("a mistake")))
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(cli.time, "sleep", sleep)
+    result = trimtab("delta")
+    assert (result.code, result.err) == (2, said)
 
 
 def test_a_reader_that_has_gone_is_no_failure_to_report():

@@ -156,6 +156,21 @@ RECIPES: dict[str, tuple[Prepare, dict[str, Any], list[str]]] = {
         {"training.bf16": True, "training.fp16": True},
         ["training", "fp16", "bf16"],
     ),
+    "unknown tracker": (
+        nothing,
+        {"training.report_to": "tensorbord"},
+        ["training.report_to", "'tensorboard'?"],
+    ),
+    "tracker that is not installed": (
+        nothing,
+        {"training.report_to": ["codecarbon"]},
+        ["training.report_to names codecarbon, which is not installed"],
+    ),
+    "no rows at a time": (
+        nothing,
+        {"training.per_device_train_batch_size": 0},
+        ["training.per_device_train_batch_size must be at least 1, not 0"],
+    ),
     "method of a later version": (nothing, {"method": "ppo"}, ["method ppo is not available yet"]),
     "share above 1": (
         nothing,
