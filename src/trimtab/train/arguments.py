@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from trimtab.errors import UserError
+from trimtab.errors import UserError, unknown
 from trimtab.recipe import DPOLoss, DPORecipe, LearningRateSchedule, Recipe, SFTLoss
 
 OURS = ("save_total_limit", "model_init_kwargs", "precompute_ref_log_probs")
@@ -60,10 +60,28 @@ def training_arguments(recipe: Recipe, *, evaluates: bool, resumes: bool) -> Any
     }
     if recipe.evaluation.every:
         fields["eval_steps"] = recipe.evaluation.every
+    if fields.get("report_to", "none") is None:
+        fields["report_to"] = "none"
     try:
-        return config_class(recipe.method)(**fields)
+        arguments = config_class(recipe.method)(**fields)
     except (ValueError, TypeError, ImportError) as error:
         raise UserError(f"training: {' '.join(str(error).split())}") from error
+    _check_trackers(arguments.report_to)
+    return arguments
+
+
+def _check_trackers(names: list[str]) -> None:
+    """Refuse trackers that are unknown or not installed, on which the Trainer would fail later."""
+    from transformers.integrations import integration_utils
+
+    known = integration_utils.INTEGRATION_TO_CALLBACK
+    for name in names:
+        if name not in known:
+            raise unknown("tracker", name, ["none", "all", *known], "training.report_to")
+        if name not in integration_utils.get_available_reporting_integrations() and name != "flyte":
+            raise UserError(
+                f"training.report_to names {name}, which is not installed; install it or remove it"
+            )
 
 
 def _defaults(given: dict[str, Any]) -> dict[str, Any]:
