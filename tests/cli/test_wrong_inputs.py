@@ -237,7 +237,7 @@ RECIPES: dict[str, tuple[Prepare, dict[str, Any], list[str]]] = {
     "missing data": (
         nothing,
         {"data.train": "nowhere.jsonl"},
-        ["data.train.path 'nowhere.jsonl' does not exist"],
+        ["data.train 'nowhere.jsonl' does not exist"],
     ),
     "empty data": (a_file("rows.jsonl", b""), {"data.train": "rows.jsonl"}, ["rows.jsonl is empty"]),
     "wrong JSON on line 17": (

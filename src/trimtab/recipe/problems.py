@@ -34,13 +34,14 @@ class Places:
         self._places = dict(places or {})
 
     def written(self, key: Key) -> Key:
-        """Return ``key`` as it was written: a list may have been written as its only item."""
+        """Return ``key`` as it was written: a list may be written as its only item, a source as its path."""
         path: Key = ()
         for part in key:
             if isinstance(part, int) and (*path, part) not in self._places and self._places:
                 continue
             path = (*path, part)
-        return path
+        bare = path[-1:] == ("path",) and path not in self._places and path[:-1] in self._places
+        return path[:-1] if bare else path
 
     def of(self, key: Key) -> str | None:
         """Return where ``key``, or the nearest key around it, was written."""

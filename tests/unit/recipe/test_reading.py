@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import yaml
 
@@ -84,6 +86,21 @@ def test_overrides(override, get, value, written):
     values = changed(DPO, {"data.train": ["org/a", {"path": "org/b"}], "optimizer.merge_weight": 0.5})
     path = written(values)
     assert get(load_recipe(path, [override])) == value
+
+
+@pytest.mark.parametrize(
+    ("train", "key"),
+    [
+        ("rows.jsonl", "data.train"),
+        ("{path: rows.jsonl}", "data.train.path"),
+        ("[org/a, rows.jsonl]", "data.train.1"),
+        ("[org/a, {path: rows.jsonl}]", "data.train.1.path"),
+    ],
+)
+def test_a_source_is_named_as_it_was_written(train, key, written):
+    path = written(yaml.safe_dump(changed(SFT, {"data.train": "HERE"})).replace("HERE", train))
+    with pytest.raises(UserError, match=rf", line \d+: {re.escape(key)} 'rows.jsonl' does not exist"):
+        load_recipe(path)
 
 
 def test_the_last_override_wins(written):
