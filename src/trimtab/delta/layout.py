@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trimtab.delta.checkpoint import Checkpoint
+from trimtab.delta.checkpoint import Checkpoint, read_json
 from trimtab.delta.names import canonical_name, vocabulary_names
-from trimtab.delta.problems import Problems, shape_text
+from trimtab.delta.problems import Problems, first_line, shape_text
 from trimtab.errors import UserError
 
 _TRAINED = re.compile(r"For[A-Z]|LMHead")  # a model with a head, as opposed to LlamaModel
@@ -90,11 +90,12 @@ def read_config(folder: Path) -> Any:
         raise UserError(
             f"{folder} has no config.json, so it is no model folder; give one that save_pretrained wrote"
         )
+    stated = read_json(path)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, attn_implementation="eager")
-    except (ValueError, OSError, KeyError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"cannot use {path} (code from model folders is never run): {reason}") from error
+    except Exception as error:  # validation of a config raises errors of many kinds
+        code = "; it names code of its own (auto_map), which is never run" if "auto_map" in stated else ""
+        raise UserError(f"cannot use {path}: {first_line(error)}{code}") from error
     if getattr(config, "quantization_config", None) is not None:
         method = dict(config.quantization_config).get("quant_method", "unknown")
         raise UserError(f"{folder} holds quantized weights ({method}); a delta needs them dequantized")
@@ -128,9 +129,19 @@ def model_class(config: Any) -> Any:
 
 
 def on_meta_device(cls: Any, config: Any) -> Any:
-    """Build a model without memory for its parameters."""
-    with torch.device("meta"):
-        return cls(deepcopy(config))
+    """Build a model without memory for its parameters.
+
+    Raises:
+        UserError: its class refuses the configuration, or needs a package that is not installed.
+    """
+    try:
+        with torch.device("meta"):
+            return cls(deepcopy(config))
+    except Exception as error:  # a model's constructor may raise anything
+        raise UserError(
+            f"cannot build a {cls.__name__} from the config.json of {config.name_or_path}: "
+            f"{first_line(error)}"
+        ) from error
 
 
 def lay_out(model: Any, checkpoint: Checkpoint) -> Layout:
@@ -163,7 +174,9 @@ def _found(
         except UserError:
             raise
         except Exception as error:  # whatever a conversion stumbles over, its inputs do not fit
-            text = f"{group} (cannot be made of its {len(origin.keys)} checkpoint tensors: {error})"
+            text = (
+                f"{group} (cannot be made of its {len(origin.keys)} checkpoint tensors: {first_line(error)})"
+            )
             layout.problems.mismatched.append(text)
             found[group] = None
             continue

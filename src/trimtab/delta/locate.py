@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trimtab.delta.checkpoint import shard_files
+from trimtab.delta.problems import first_line
 from trimtab.errors import UserError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -86,8 +87,8 @@ def _fetch(name: str, revision: str | None, cache_dir: str | Path | None, local_
         return fetch(shard_files(index) if index.is_file() else _WEIGHTS)
     except (EntryNotFoundError, RevisionResolutionError, HFValidationError, OSError) as error:
         # Every error of the hub's (not found, gated, offline, no connection) is one of these.
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         at = f" at revision {revision!r}" if revision else ""
         raise UserError(
-            f"there is no folder {name!r} here, and the hub does not give a model of that name{at}: {reason}"
+            f"there is no folder {name!r} here, and the hub does not give a model of that name{at}: "
+            f"{first_line(error)}"
         ) from error

@@ -51,6 +51,16 @@ def first_few(names: list[str]) -> str:
     return ", ".join(names[:_SHOWN]) + (", …" if len(names) > _SHOWN else "")
 
 
+def first_line(error: BaseException) -> str:
+    """What a foreign error says, in one line.
+
+    Example:
+        >>> first_line(KeyError()), first_line(ValueError("it is: "))
+        ('KeyError', 'it is')
+    """
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(" :;,.")
+
+
 def shape_text(shape: tuple[int, ...]) -> str:
     """Write a shape.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from trimtab.delta.problems import first_few
+from trimtab.delta.problems import first_few, first_line
 from trimtab.errors import UserError
 
 _FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
@@ -52,9 +52,8 @@ def _tokens(folder: Path) -> dict[int, str]:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # tokenizer libraries raise anything, down to bare Exception
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"cannot read the tokenizer in {folder}: {reason}; mend it, or give check_tokenizers=False "
-            f"(--no-tokenizer-check)"
+            f"cannot read the tokenizer in {folder}: {first_line(error)}; mend it, or give "
+            f"check_tokenizers=False (--no-tokenizer-check)"
         ) from error
     return {id_: token for token, id_ in tokenizer.get_vocab().items()}

@@ -59,7 +59,15 @@ class TestFolders:
 
     def test_config_that_is_no_json(self, folders: tuple[Path, Path]) -> None:
         (folders[1] / "config.json").write_text("{")
+        refused(*folders, r"b/config.json is not valid JSON")
+
+    def test_config_with_wrong_values(self, folders: tuple[Path, Path]) -> None:
+        made.reconfigured(folders[1], hidden_size="wide")
         refused(*folders, r"cannot use .*b/config.json")
+
+    def test_config_that_makes_no_model(self, folders: tuple[Path, Path]) -> None:
+        made.reconfigured(folders[1], hidden_act="sigh")
+        refused(*folders, r"cannot build a LlamaForCausalLM from the config.json of .*b: ")
 
     def test_a_model_that_needs_its_own_code(self, folders: tuple[Path, Path]) -> None:
         made.reconfigured(folders[0], model_type="mine", auto_map={"AutoConfig": "code.Mine"})
@@ -70,6 +78,24 @@ class TestFolders:
         made.reconfigured(folders[0], architectures=["LlamaForTelepathy"])
         # The configuration's type still says what it is.
         assert ReferenceDelta.between(reference=folders[0], base=folders[1]).names()
+
+    def test_an_architecture_without_a_class(self, folders: tuple[Path, Path]) -> None:
+        made.reconfigured(folders[0], architectures=["VisionTelepathy"], model_type="vit")
+        refused(*folders, r"no model class for architectures \['VisionTelepathy'\]")
+
+    def test_weights_named_in_the_config(self, folders: tuple[Path, Path]) -> None:
+        (folders[0] / "model.safetensors").rename(folders[0] / "ema.safetensors")
+        made.reconfigured(folders[0], transformers_weights="ema.safetensors")
+        delta = ReferenceDelta.between(reference=folders[0], base=folders[1])
+        oracle = made.expected(made.llama(1), made.llama(0))
+        assert torch.equal(delta.tensor("lm_head.weight"), oracle["lm_head.weight"])
+        made.reconfigured(folders[0], transformers_weights="../b/model.safetensors")
+        refused(*folders, r"no file in the same folder")
+
+    def test_json_that_is_no_object(self, tmp_path: Path, folders: tuple[Path, Path]) -> None:
+        (tmp_path / "adapter").mkdir()
+        (tmp_path / "adapter" / "adapter_config.json").write_text("[]")
+        refused(tmp_path / "adapter", folders[1], "holds a list; a JSON object was expected")
 
     def test_quantized(self, folders: tuple[Path, Path]) -> None:
         made.reconfigured(folders[0], quantization_config={"quant_method": "gptq", "bits": 4})
@@ -116,6 +142,14 @@ class TestDamage:
         path = folders[0] / "model.safetensors"
         path.write_bytes(path.read_bytes()[:keep])
         refused(*folders, rf"{path} is no whole safetensors file")
+
+    def test_truncated_after_it_was_opened(self, folders: tuple[Path, Path]) -> None:
+        delta = ReferenceDelta.between(reference=folders[0], base=folders[1])
+        path = folders[0] / "model.safetensors"
+        with path.open("r+b") as file:
+            file.truncate(4000)
+        with pytest.raises(UserError, match=r"cannot read 'model.norm.weight' from .*r/model.safetensors"):
+            delta.tensor("model.norm.weight")
 
     def test_not_safetensors_at_all(self, folders: tuple[Path, Path]) -> None:
         (folders[0] / "model.safetensors").write_text("<html>404</html>" * 10)
