@@ -31,6 +31,9 @@ class SyntheticDelta:
     def __contains__(self, name: str) -> bool:
         return name in self._tau
 
+    def check_policy(self, parameters: list[tuple[str, torch.Tensor]]) -> None:
+        pass  # the policy is random: there is no reference to compare it with
+
     def shape(self, name: str) -> torch.Size:
         return self._tau[name].shape
 

@@ -44,7 +44,7 @@ class OnlineMergingAdamW(MergingShell):
         θ ← c·anchor + ((1−α)·F(Δ_c)) ⊕ (α·F(τ)).
 
     Untouched: parameters without ``requires_grad`` and, in a step, those without a gradient. lr = 0 moves
-    nothing; a merge that falls due then waits for the next step.
+    nothing, and such a step does not count towards K.
     """
 
     method: Method

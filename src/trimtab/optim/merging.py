@@ -99,16 +99,8 @@ class Merging:
 
     def check_policy(self, parameters: Iterable[tuple[str, Tensor]]) -> None:
         """Refuse a fresh policy that is not the reference: τ would be the wrong direction."""
-        if self.policy_differs:
-            return
-        parameters = [(name, p) for name, p in parameters if self.merges(name)]
-        other = [name for name, p in parameters if not self.delta.reference_matches(name, p.detach())]
-        if other:
-            raise UserError(
-                f"the policy differs from the delta's reference {self.delta.reference.source!r} in "
-                f"{len(other)} of {len(parameters)} parameters ({_some(other)}); start from the reference, "
-                "or pass policy_differs=True"
-            )
+        if not self.policy_differs:
+            self.delta.check_policy([(name, p.detach()) for name, p in parameters])
 
     # -- one parameter
 
