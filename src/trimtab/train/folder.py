@@ -129,7 +129,13 @@ class RunFolder:
             shutil.rmtree(path, ignore_errors=True)
         for name in ("README.md", METRICS, ENVIRONMENT, RECIPE):
             (self.path / name).unlink(missing_ok=True)
+        self._sweep()
         return set_aside_incomplete(self.path)
+
+    def _sweep(self) -> None:
+        """Delete what a killed process was still writing under temporary names."""
+        for path in (*self.path.glob(".*.tmp"), *self.path.glob(".*.old"), *self.results.glob(".*.tmp")):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def withdraw(self) -> None:
         """Delete what a run wrote that came to nothing, so that the corrected one finds no run in its way.
@@ -153,6 +159,7 @@ class RunFolder:
         Returns:
             Where the incomplete checkpoints are now.
         """
+        self._sweep()
         aside = set_aside_incomplete(self.path)
         marker = read_marker(checkpoint)
         assert marker is not None

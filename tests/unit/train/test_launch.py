@@ -162,10 +162,14 @@ def test_a_resume_sets_incomplete_checkpoints_aside_and_cuts_the_metrics(copied:
     (folder / "checkpoint-9" / "trimtab.json").unlink()
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 9, "loss": 1.0}\n{"step": 10, "lo')
+    (folder / ".model.a1b2.tmp").mkdir()
+    (folder / ".model.a1b2.tmp" / "model.safetensors").write_bytes(b"half")
+    (folder / "results" / ".data.json.c3d4.tmp").write_text("half")
     tiny.train(values, resume=True)
     said = capsys.readouterr().err
     assert "an incomplete checkpoint was set aside as" in said
     assert (folder / "checkpoint-9.incomplete" / "optimizer.pt").exists()
+    assert not [path for path in folder.rglob("*") if path.name.endswith(".tmp")]
     assert max(line["step"] for line in records(folder)) == 4
     environment = json.loads((folder / "environment.json").read_text())
     assert [note["from"] for note in environment["resumed"]] == ["checkpoint-4"]
