@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.property.strategies import SHAPES, bounded, laid_out, same_bits
+from tests.property.strategies import SHAPES, bounded, laid_out, same_bits, same_values
 from trimtab.ops import ROUNDING, MaskKey, join_master, split_master, stochastic_round, uniform_u32
 
 patterns = st.lists(
@@ -18,7 +18,7 @@ patterns = st.lists(
     | st.builds(
         lambda high, low: (high << 16) | low,
         st.integers(0, 2**16 - 1),
-        st.sampled_from([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF]),
+        st.sampled_from([0, 1, 0x0FFF, 0x1FFF, 0x2FFF, 0x7FFF, 0x8000, 0x8001, 0xFFFF]),
     ),
     min_size=1,
     max_size=40,
@@ -76,6 +76,27 @@ def test_compensation_keeps_the_bits_it_states(wide: torch.dtype, narrow: torch.
     assert residual.element_size() == 2
     assert same_bits(weight, master.to(narrow))
     assert bool(((join_master(weight, residual) - master).abs() <= 2.0**-bits * master.abs()).all())
+
+
+@bounded(200)
+@given(bits=patterns)
+@pytest.mark.parametrize(
+    ("wide", "narrow"),
+    [(torch.float32, torch.bfloat16), (torch.float32, torch.float16), (torch.float64, torch.float32)],
+)
+def test_splitting_what_was_joined_changes_nothing(
+    wide: torch.dtype, narrow: torch.dtype, bits: list[int]
+) -> None:
+    """A step that adds nothing leaves weight and residual alone, also where the residual was rounded up."""
+    master = float32(bits)
+    if narrow == torch.float16:  # bring them into its range
+        master = float32([0x3F800000 | b & 0x807FFFFF for b in bits])
+    if wide == torch.float64:  # give it bits below fp32's: a little less than half a unit, among others
+        master = master.double() * (1 + 2.0**-24 * (1 - 2.0**-10))
+    weight, residual = split_master(master, narrow)
+    again = split_master(join_master(weight, residual), narrow)
+    assert same_values(again[0], weight)
+    assert torch.equal(again[1][~weight.isnan()], residual[~weight.isnan()])
 
 
 @bounded(150)

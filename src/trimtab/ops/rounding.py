@@ -18,7 +18,7 @@ def split_master(master: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     * fp32 → bf16 + int16: **exact**. The weight is the master rounded to nearest (ties away from zero), the
       residual the difference of the bit patterns, so :func:`join_master` gives the master back bit for bit.
     * fp32 → fp16 + fp16 and fp64 → fp32 + bf16: compensation. The residual is the rounding error in 16 bits,
-      hence about 21 and 31 significant bits in all.
+      hence about 21 and 31 significant bits in all. Splitting what was joined gives the same two again.
 
     Args:
         master: fp32 or fp64 tensor of any shape.
@@ -43,9 +43,9 @@ def split_master(master: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     weight = master.to(dtype)
     error = torch.where(weight.isfinite(), master - weight, 0.0)
     if (master.dtype, dtype) == (torch.float32, torch.float16):
-        return weight, (error * _FP16_SCALE).to(torch.float16)
+        return weight, _below_half_a_unit(weight, (error * _FP16_SCALE).to(torch.float16))
     if (master.dtype, dtype) == (torch.float64, torch.float32):
-        return weight, error.to(torch.bfloat16)
+        return weight, _below_half_a_unit(weight, error.to(torch.bfloat16))
     raise ValueError(f"no 16-bit residual splits {master.dtype} into {dtype}")
 
 
@@ -58,6 +58,16 @@ def join_master(weight: Tensor, residual: Tensor) -> Tensor:
     if (weight.dtype, residual.dtype) == (torch.float32, torch.bfloat16):
         return weight.to(torch.float64) + residual.to(torch.float64)
     raise ValueError(f"{residual.dtype} is no residual of {weight.dtype} weights")
+
+
+def _below_half_a_unit(weight: Tensor, residual: Tensor) -> Tensor:
+    """Step a residual that was rounded up to half a unit of its weight back towards 0.
+
+    The sum would round to the weight's neighbour, and a step that adds nothing would move it.
+    """
+    tips_over = weight.isfinite() & (join_master(weight, residual).to(weight.dtype) != weight)
+    bits = residual.view(torch.int16)
+    return torch.where(tips_over, bits - 1, bits).view(residual.dtype)
 
 
 def stochastic_round(master: Tensor, dtype: torch.dtype, random: Tensor) -> Tensor:
