@@ -73,24 +73,16 @@ def _count(text: str) -> int:
 
 
 def _declare_quickstart(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--out", default="quickstart", metavar="FOLDER", help="where the report goes (%(default)s)"
-    )
-    parser.add_argument(
-        "--seeds",
-        type=int,
-        nargs="+",
-        default=None,
-        metavar="SEED",
-        help="which of the shipped models (all three)",
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace FOLDER if it has something in it")
+    parser.add_argument("--out", default="quickstart", metavar="FOLDER", help="where the report goes")
+    parser.add_argument("--seeds", type=int, nargs="+", metavar="SEED", help="which shipped models (all)")
+    parser.add_argument("--workers", type=_count, default=2, metavar="N", help="processes at a time (2)")
+    parser.add_argument("--overwrite", action="store_true", help="write into a FOLDER with other files in it")
 
 
 def _quickstart(options: argparse.Namespace) -> None:
     from trimtab.lab import quickstart
 
-    quickstart.run(out=options.out, seeds=options.seeds, overwrite=options.overwrite)
+    quickstart.run(options.out, options.seeds, overwrite=options.overwrite, workers=options.workers)
 
 
 def _declare_train(parser: argparse.ArgumentParser) -> None:

@@ -347,6 +347,23 @@ def test_a_wrong_delta(prepare, arguments, words, place, trimtab):
     assert place.files() == before
 
 
+QUICKSTARTS: dict[str, tuple[Prepare, list[str], list[str]]] = {
+    "unknown seed": (nothing, ["--seeds", "0", "99"], ["no shipped model for seed 99", "0"]),
+    "file in the way": (nothing, ["--out", "pairs.jsonl"], ["pairs.jsonl is a file", "--out"]),
+    "file in the way above": (nothing, ["--out", "pairs.jsonl/report"], ["pairs.jsonl/report", "--out"]),
+    "a folder with other files": (nothing, ["--out", "."], ["pairs.jsonl", "--overwrite"]),
+    "no workers": (nothing, ["--workers", "0"], ["--workers", "'0' is not a whole number above 0"]),
+}
+
+
+@pytest.mark.parametrize(("prepare", "arguments", "words"), QUICKSTARTS.values(), ids=QUICKSTARTS)
+def test_a_wrong_quickstart(prepare, arguments, words, place, trimtab):
+    prepare(place)
+    before = place.files()
+    refused(trimtab("quickstart", *arguments), words)
+    assert place.files() == before
+
+
 def assert_nothing_half_written(run: Path) -> None:
     """Every checkpoint is marked, nothing has a temporary name, and no unfinished model is there."""
     assert not [path for path in run.rglob("*") if path.name.startswith(".") or path.suffix == ".tmp"]
