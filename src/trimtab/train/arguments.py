@@ -31,6 +31,7 @@ def training_arguments(recipe: Recipe, *, evaluates: bool, resumes: bool) -> Any
 
     * ``bf16`` and ``activation_checkpointing`` are off on a CPU and on (as in TRL) on an accelerator; the
       weights are kept in fp32 either way, and bf16 means autocast;
+    * ``ddp_find_unused_parameters`` is off: every parameter takes part in every step;
     * ``disable_tqdm`` and ``dataloader_pin_memory`` follow whether there is a terminal and an accelerator;
     * ``save_total_limit`` is kept from the Trainer: we delete old checkpoints ourselves, after the new one
       counts.
@@ -93,6 +94,7 @@ def _defaults(given: dict[str, Any]) -> dict[str, Any]:
         "use_cpu": not torch.accelerator.is_available(),
         "activation_checkpointing": accelerated,
         "dataloader_pin_memory": accelerated,
+        "ddp_find_unused_parameters": False,
         "disable_tqdm": not sys.stderr.isatty(),
         "log_level": "warning",
     }
