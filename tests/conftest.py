@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.budgets import Budgets
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -27,3 +29,8 @@ def tiny_pairs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("pairs")
     train = tiny.write_rows(folder / "train.jsonl", tiny.preference_rows(24))
     return train, tiny.write_rows(folder / "eval.jsonl", tiny.preference_rows(8, seed=1))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Measure what each suite costs; a run of everything has to stay within the budgets."""
+    config.pluginmanager.register(Budgets(), "budgets")
