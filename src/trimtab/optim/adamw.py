@@ -69,7 +69,7 @@ class OnlineMergingAdamW(MergingShell):
         rounding: Rounding = "auto",
         merge_weight_follows_lr: bool = False,
         policy_differs: bool = False,
-        without_delta: Sequence[str] = (),
+        without_delta: str | Sequence[str] = (),
         measure_every: int = 100,
         amsgrad: bool = False,
         maximize: bool = False,
@@ -103,7 +103,7 @@ class OnlineMergingAdamW(MergingShell):
             seed=seed,
             rounding=rounding,
             policy_differs=policy_differs,
-            without_delta=tuple(without_delta),
+            without_delta=without_delta,
             force_merge=force_merge,
         )
         self._start(merging, measure_every)
@@ -157,7 +157,7 @@ class OnlineMergingAdamW(MergingShell):
         self._before_step()
         for group in self.param_groups:
             for name, p in zip(group["param_names"], group["params"], strict=True):
-                if p.grad is not None:
+                if p.grad is not None and p.requires_grad:
                     self._step_parameter(canonical_name(name), p, group)
         self._after_step()
         return loss
@@ -304,7 +304,8 @@ class OnDARE(OnlineMergingAdamW):
             ``residual`` below fp32.
         merge_weight_follows_lr: scale α by lr_t / lr_0.
         policy_differs: allow training to start from something other than the delta's reference.
-        without_delta: patterns of the parameters that take the plain step because they have no delta.
+        without_delta: pattern, or patterns, of the parameters that take the plain step because they have no
+            delta.
         measure_every: steps between measurements of the arriving share (``opt.arrival``); 0 turns it off.
         amsgrad: as in torch.optim.AdamW.
         maximize: as in torch.optim.AdamW.

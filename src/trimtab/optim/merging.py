@@ -31,9 +31,12 @@ class Merging:
         seed: seed of every mask.
         rounding: how parameters are stored (see :mod:`~trimtab.optim.precision`).
         policy_differs: skip the check that a fresh policy equals the reference.
-        without_delta: regular expressions (``re.search``) on canonical names of the parameters that take the
-            plain step.
+        without_delta: one regular expression, or several, that find (``re.search``) the canonical names of
+            the parameters that have no delta and take the plain step.
         force_merge: run the arithmetic where the merge is the identity; for tests.
+
+    Raises:
+        UserError: a pattern is no regular expression, or the seed is out of range.
     """
 
     delta: ReferenceDelta
@@ -41,11 +44,24 @@ class Merging:
     seed: int = 0
     rounding: Rounding = "auto"
     policy_differs: bool = False
-    without_delta: Sequence[str] = ()
+    without_delta: str | Sequence[str] = ()
     force_merge: bool = False
     meter: ArrivalMeter | None = field(default=None, repr=False)
     _tau: dict[str, Tensor] = field(default_factory=dict, repr=False)
     _fixed: dict[str, tuple[float, Tensor]] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 1 << 64:
+            raise UserError(f"seed must be a whole number in [0, 2^64), got {self.seed!r}")
+        given = self.without_delta
+        self.without_delta = (given,) if isinstance(given, str) else tuple(given)
+        for pattern in self.without_delta:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise UserError(
+                    f"without_delta pattern {pattern!r} is no regular expression ({error})"
+                ) from error
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_tau": {}, "_fixed": {}, "meter": None}
@@ -56,11 +72,12 @@ class Merging:
         """What a saved state must agree with, readable: τ's content hash and the fields that define the
         merge.
         """
-        operator = self.preset.operator
+        operator, preset = self.preset.operator, self.preset
         return (
             f"tau={self.delta.fingerprint} sparsify={operator.sparsify} rescale={operator.rescale} "
-            f"consensus={operator.consensus} redraw={self.preset.redraw} "
-            f"merge_every={merge_every} seed={self.seed}"
+            f"consensus={operator.consensus} redraw={preset.redraw} merge_every={merge_every} "
+            f"seed={self.seed} counting={operator.counting} clamp={preset.clamp} decay={preset.decay} "
+            f"eps_placement={preset.eps_placement}"
         )
 
     def merges(self, name: str) -> bool:
@@ -73,9 +90,7 @@ class Merging:
         """
         parameters = list(parameters)
         patterns = [re.compile(pattern) for pattern in self.without_delta]
-        idle = [p.pattern for p in patterns if not any(p.search(name) for name, _ in parameters)]
-        if idle:
-            raise UserError(f"without_delta pattern {idle[0]!r} matches no parameter of the optimizer")
+        self._refuse_idle(patterns, [name for name, _ in parameters])
         absent = [
             name
             for name, p in parameters
@@ -96,6 +111,20 @@ class Merging:
             raise UserError(
                 f"{len(differing)} parameters differ in shape from the reference delta: {_some(differing)}"
             )
+
+    def _refuse_idle(self, patterns: Iterable[re.Pattern[str]], names: Sequence[str]) -> None:
+        for pattern in patterns:
+            found = [name for name in names if pattern.search(name)]
+            if not found:
+                raise UserError(
+                    f"without_delta pattern {pattern.pattern!r} matches no parameter of the optimizer"
+                )
+            if all(map(self.merges, found)):
+                raise UserError(
+                    f"without_delta pattern {pattern.pattern!r} matches only parameters that have a "
+                    f"reference delta ({_some(found)}), so it does nothing; for the plain step put them in a "
+                    "group with merge_weight 0 and reserve_rate 1"
+                )
 
     def check_policy(self, parameters: Iterable[tuple[str, Tensor]]) -> None:
         """Refuse a fresh policy that is not the reference: τ would be the wrong direction."""
@@ -200,7 +229,13 @@ def named(groups: Iterable[dict[str, Any]]) -> list[tuple[str, Tensor]]:
 def _weights(group: dict[str, Any]) -> tuple[float, float]:
     alpha = group["merge_weight"]
     if group.get("merge_weight_follows_lr"):
-        alpha = alpha * float(group["lr"]) / group["merge_base_lr"]
+        lr, first = float(group["lr"]), group["merge_base_lr"]
+        if lr != 0 and first == 0:
+            raise UserError(
+                "merge_weight_follows_lr scales merge_weight by lr / first lr, and the first lr was 0 "
+                f"(now {lr}); build the optimizer with the peak learning rate"
+            )
+        alpha = alpha * lr / first if lr != 0 else 0.0
     return 1.0 - alpha, alpha
 
 

@@ -4,7 +4,7 @@ state.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from trimtab.errors import IncompatibleState, UserError, unknown
+from trimtab.ops import canonical_name
 from trimtab.optim.arrival import Arrival, ArrivalMeter, warn_if_lost
 from trimtab.optim.merging import SINCE, Merging, named
 
@@ -67,7 +68,8 @@ class MergingShell(Optimizer):
             for key, value in defaults.items():
                 group.setdefault(key, value)
             _check_group(group)
-            group.setdefault("merge_base_lr", float(group["lr"]) if group["lr"] is not None else 1.0)
+            lr = group.get("lr")
+            group.setdefault("merge_base_lr", float(lr) if lr is not None else 1.0)
             group.setdefault(_IDENTITY, None)
             group.setdefault(_CHECKED, False)
             group.setdefault(_STEP, 0)
@@ -129,6 +131,7 @@ class MergingShell(Optimizer):
                     f"the saved optimizer state (group {i}) belongs to another merge: it has "
                     f"{', '.join(differing)}; resume with the same delta, method and seed, or start a new run"
                 )
+            _check_saved_names(i, ours["param_names"], saved.get("param_names", ours["param_names"]))
 
     def _restore_dtypes(self, state_dict: dict[str, Any]) -> None:
         """Undo the cast of float state to the parameter's dtype that ``Optimizer.load_state_dict`` makes."""
@@ -189,6 +192,16 @@ def _check_group(group: dict[str, Any]) -> None:
         raise UserError(f"merge_every must be an integer ≥ 1, got {group['merge_every']!r}")
 
 
+def _check_saved_names(group: int, ours: Sequence[str], saved: Sequence[str]) -> None:
+    """Refuse a state with its parameters in another order: torch goes by place and takes the saved names."""
+    for position, (here, there) in enumerate(zip(ours, saved, strict=False)):
+        if canonical_name(here) != canonical_name(there):
+            raise IncompatibleState(
+                f"the saved optimizer state (group {group}) has the parameter {there!r} at place {position}, "
+                f"where this optimizer has {here!r}; build it from the same parameters in the same order"
+            )
+
+
 def _refuse_unsupported(parameters: Iterable[tuple[str, Tensor]]) -> None:
     for name, p in parameters:
         if isinstance(p, DTensor):
@@ -206,7 +219,8 @@ def moves(group: dict[str, Any]) -> bool:
 
     Checkpoint loaders take a phantom step at lr = 0 to make an optimizer create its state.
     """
-    return group["lr"] is None or float(group["lr"]) != 0
+    lr = group.get("lr")  # None or absent where the optimizer finds its own, as transformers' Adafactor does
+    return lr is None or float(lr) != 0
 
 
 def dense_grad(name: str, p: Tensor) -> Tensor:

@@ -58,7 +58,7 @@ class OnlineMerging(MergingShell):
         rounding: see :class:`~trimtab.OnDARE`.
         merge_weight_follows_lr: scale α by lr_t / lr_0.
         policy_differs: allow a start from something other than the delta's reference.
-        without_delta: patterns of the parameters that take the plain step.
+        without_delta: pattern, or patterns, of the parameters that take the plain step.
         decoupled_decay: whether the wrapped optimizer's weight decay multiplies θ by 1 − lr·λ before its
             step; None reads it off the
             optimizer (AdamW, Adafactor, Muon, and a group's ``decoupled_weight_decay``).
@@ -94,7 +94,7 @@ class OnlineMerging(MergingShell):
         rounding: Rounding = "auto",
         merge_weight_follows_lr: bool = False,
         policy_differs: bool = False,
-        without_delta: Sequence[str] = (),
+        without_delta: str | Sequence[str] = (),
         decoupled_decay: bool | None = None,
         measure_every: int = 100,
         force_merge: bool = False,
@@ -103,6 +103,12 @@ class OnlineMerging(MergingShell):
             raise UserError(f"OnlineMerging wraps a torch.optim.Optimizer, got {type(optimizer).__name__}")
         if isinstance(optimizer, MergingShell):
             raise UserError(f"{type(optimizer).__name__} merges already; wrap a plain optimizer")
+        hooks = optimizer._optimizer_step_pre_hooks.values()
+        if any(isinstance(getattr(hook, "__self__", None), OnlineMerging) for hook in hooks):
+            raise UserError(
+                f"this {type(optimizer).__name__} is wrapped in OnlineMerging already, and each step would "
+                "merge twice; build a new optimizer to wrap"
+            )
         if rounding not in ("auto", "nearest", "residual", "stochastic"):
             raise unknown("rounding", rounding, ("auto", "nearest", "residual", "stochastic"))
         self.optimizer = optimizer
@@ -112,7 +118,7 @@ class OnlineMerging(MergingShell):
             seed=seed,
             rounding=rounding,
             policy_differs=policy_differs,
-            without_delta=tuple(without_delta),
+            without_delta=without_delta,
             force_merge=force_merge,
         )
         self._start(merging, measure_every)
@@ -136,8 +142,8 @@ class OnlineMerging(MergingShell):
         self._names_checked = False
         self._patch_step_function()
         self._handles = [
-            self.optimizer.register_step_pre_hook(lambda *_: self._pre_step()),
-            self.optimizer.register_step_post_hook(lambda *_: self._post_step()),
+            self.optimizer.register_step_pre_hook(self._pre_step),
+            self.optimizer.register_step_post_hook(self._post_step),
             self.optimizer.register_load_state_dict_pre_hook(self._pre_load),
             self.optimizer.register_load_state_dict_post_hook(self._post_load),
         ]
@@ -244,11 +250,14 @@ class OnlineMerging(MergingShell):
         return merged
 
     @torch.no_grad()
-    def _pre_step(self) -> None:
+    def _pre_step(self, *_: Any) -> None:
         self._swap_back()
         self._before_step()
         self._before = {}
         for name, p, group in self._parameters():
+            if not p.requires_grad:
+                self._hide_gradient(p)
+                continue
             rounding = resolve_rounding(self.merging.rounding, p.dtype)
             if rounding != "nearest" or update_dtype(p) != p.dtype:
                 self._show_master(p, rounding)
@@ -256,7 +265,7 @@ class OnlineMerging(MergingShell):
                 self._before[p] = p.detach().clone()
 
     @torch.no_grad()
-    def _post_step(self) -> None:
+    def _post_step(self, *_: Any) -> None:
         for name, p, group in self._parameters():
             if p.grad is not None:
                 self._finish(name, p, group)
@@ -338,8 +347,14 @@ class OnlineMerging(MergingShell):
         p.data = master
         p.grad = None if grad is None else grad.to(master.dtype)
 
+    def _hide_gradient(self, p: Tensor) -> None:
+        """Keep the gradient that a frozen parameter has left over from the wrapped optimizer."""
+        if p.grad is not None:
+            self._swapped[p] = (p.data, p.grad)
+            p.grad = None
+
     def _swap_back(self) -> None:
-        """Undo :meth:`_show_master` where a step did not come to its end."""
+        """Undo :meth:`_hide_gradient`, and :meth:`_show_master` where a step did not come to its end."""
         for p, (weight, grad) in self._swapped.items():
             p.grad = None
             p.data = weight
@@ -347,7 +362,7 @@ class OnlineMerging(MergingShell):
         self._swapped = {}
 
     def _keeps_before(self, name: str, p: Tensor, group: dict[str, Any]) -> bool:
-        if not self.merging.merges(name) or not p.requires_grad:
+        if not self.merging.merges(name):
             return False
         if group["merge_every"] > 1:
             return SINCE not in self.state.get(p, {})

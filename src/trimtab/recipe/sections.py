@@ -12,6 +12,7 @@ from trimtab.recipe.values import (
     NonNegative,
     NonNegativeCount,
     Pattern,
+    Patterns,
     Positive,
     PositiveCount,
     PositiveShare,
@@ -186,7 +187,7 @@ class Optimizer(Section):
     """Scale alpha with the learning rate's schedule."""
     policy_differs: Flag | None = None
     """The policy is not the reference when training starts, and that is meant."""
-    without_delta: Texts | None = None
+    without_delta: Patterns | None = None
     """Regular expressions for parameters the delta does not have; they take the plain step."""
     groups: tuple[Group, ...] = ()
     """Parameters with their own settings."""

@@ -85,6 +85,11 @@ def as_texts(value: Any) -> tuple[str, ...]:
     return tuple(as_text(item) for item in value)
 
 
+def as_patterns(value: Any) -> tuple[str, ...]:
+    """Return one regular expression or a list of them as a tuple, when all compile."""
+    return tuple(as_pattern(item) for item in as_texts(value))
+
+
 def as_text_or_texts(value: Any) -> str | tuple[str, ...]:
     """Return one text as it is, and a list of texts as a tuple."""
     return as_text(value) if isinstance(value, str) else as_texts(value)
@@ -132,3 +137,4 @@ TextOrTexts = Annotated[
     str | tuple[str, ...], PlainValidator(as_text_or_texts), PlainSerializer(_as_yaml, when_used="json")
 ]
 Pattern = Annotated[str, BeforeValidator(as_pattern)]
+Patterns = Annotated[tuple[str, ...], BeforeValidator(as_patterns)]

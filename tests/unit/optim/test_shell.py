@@ -138,6 +138,18 @@ def test_frozen_and_gradless_parameters_are_untouched(make, policy, delta):
 
 
 @every_optimizer
+def test_a_parameter_frozen_with_its_gradient_still_there_is_untouched(make, policy, delta):
+    optimizer = make(policy, delta, reserve_rate=1.0)
+    policy(torch.ones(7)).sum().backward()
+    policy[2].weight.requires_grad_(False)
+    before, grad = policy[2].weight.clone(), policy[2].weight.grad
+    optimizer.step()
+    assert torch.equal(policy[2].weight, before)
+    assert policy[2].weight.grad is grad
+    assert not torch.equal(policy[0].weight, small_model(1)[0].weight)
+
+
+@every_optimizer
 def test_closure_is_evaluated_with_gradients_and_its_loss_returned(make, policy, delta):
     optimizer = make(policy, delta)
 
@@ -216,6 +228,33 @@ def test_a_state_with_another_delta_or_of_plain_adamw_is_refused(policy, delta):
         optimizer.load_state_dict(plain.state_dict())
 
 
+@pytest.mark.parametrize(
+    ("one", "other", "named"),
+    [
+        ({"fidelity": "paper"}, {"fidelity": "mergekit"}, "counting=ceil"),
+        ({"fidelity": "released"}, {"consensus": "sign_unweighted", "redraw": False}, "clamp=1.0"),
+    ],
+)
+def test_a_state_of_another_fidelity_is_refused(one, other, named, policy, delta):
+    with pytest.raises(IncompatibleState, match=named):
+        onties(policy, delta, **other).load_state_dict(onties(policy, delta, **one).state_dict())
+
+
+@pytest.mark.parametrize(
+    "kind", [OnDARE, lambda named, delta: OnlineMerging(torch.optim.SGD(named, 0.1), delta)]
+)
+def test_a_state_whose_parameters_come_in_another_order_is_refused(kind):
+    def model(seed):
+        torch.manual_seed(seed)
+        return torch.nn.ParameterDict({"a": torch.randn(2, 2), "b": torch.randn(2, 2)})
+
+    policy = model(1)
+    delta = trimtab.ReferenceDelta.between(reference=model(1), base=model(0))
+    there = list(policy.named_parameters())
+    with pytest.raises(IncompatibleState, match="'a' at place 0, where this optimizer has 'b'"):
+        kind(there[::-1], delta).load_state_dict(kind(there, delta).state_dict())
+
+
 @every_optimizer
 def test_a_policy_that_is_not_the_reference_is_refused_at_the_first_step(make, delta):
     other = small_model(3)
@@ -240,6 +279,20 @@ def test_parameters_without_delta_must_be_named(make, policy, delta):
     assert not torch.equal(policy.head.weight, before)
 
 
+@every_optimizer
+def test_one_pattern_is_one_pattern_and_not_its_letters(make, policy, delta):
+    policy.add_module("head", torch.nn.Linear(3, 1))
+    with pytest.raises(UserError, match=r"have no reference delta \(head.bias\)"):
+        take_step(policy, make(policy, delta, without_delta="head.weight"), 0)
+    take_step(policy, make(policy, delta, without_delta="head"), 0)
+
+
+@every_optimizer
+def test_a_pattern_for_parameters_that_have_a_delta_is_refused(make, policy, delta):
+    with pytest.raises(UserError, match="matches only parameters that have a reference delta"):
+        take_step(policy, make(policy, delta, without_delta="bias"), 0)
+
+
 def test_shapes_that_differ_are_refused(delta):
     other = torch.nn.Sequential(torch.nn.Linear(7, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
     with pytest.raises(
@@ -255,6 +308,8 @@ def test_shapes_that_differ_are_refused(delta):
         ({"merge_weight": -0.1}, r"merge_weight must be in \[0, 1\], got -0.1"),
         ({"merge_every": 0}, "merge_every must be an integer ≥ 1, got 0"),
         ({"rounding": "stocastic"}, "did you mean 'stochastic'"),
+        ({"seed": -1}, r"seed must be a whole number in \[0, 2\^64\), got -1"),
+        ({"without_delta": ["("]}, r"without_delta pattern '\(' is no regular expression"),
     ],
 )
 @every_optimizer
@@ -289,6 +344,11 @@ def test_wrapping_something_else_is_refused(policy, delta):
         OnlineMerging(policy, delta)
     with pytest.raises(UserError, match="merges already"):
         OnlineMerging(ondare(policy, delta), delta)
+    inner = torch.optim.SGD(policy.named_parameters(), lr=0.1)
+    wrapper = OnlineMerging(inner, delta)
+    with pytest.raises(UserError, match="this SGD is wrapped in OnlineMerging already"):
+        OnlineMerging(inner, delta)
+    assert wrapper.optimizer is inner
 
 
 def test_sparse_gradients_are_refused():
@@ -356,3 +416,32 @@ def test_merge_weight_follows_lr_when_asked(policy, delta):
         p.grad = torch.zeros_like(p)
     optimizer.step()
     assert torch.allclose(flat(policy) - start, 0.25 * tau, atol=1e-7)
+
+
+@pytest.mark.parametrize("make", [ondare, around_sgd])
+def test_merge_weight_cannot_follow_a_learning_rate_that_begins_at_zero(make, policy, delta):
+    optimizer = make(policy, delta, lr=0.0, merge_weight_follows_lr=True)
+    take_step(policy, optimizer, 0)  # and yet nothing moves, and nothing is refused
+    assert torch.equal(flat(policy), flat(small_model(1)))
+    optimizer.param_groups[0]["lr"] = 0.1
+    with pytest.raises(UserError, match="the first lr was 0"):
+        take_step(policy, optimizer, 1)
+
+
+@pytest.mark.parametrize("defaults", [{}, {"lr": None}])
+def test_an_optimizer_that_finds_its_own_learning_rate_can_be_wrapped(defaults, policy, delta):
+    class OwnRate(torch.optim.Optimizer):
+        def __init__(self, params):
+            super().__init__(params, defaults)
+
+        @torch.no_grad()
+        def step(self):
+            for p in self.param_groups[0]["params"]:
+                p.sub_(0.1 * p.grad)
+
+    settings = {"sparsify": "none", "reserve_rate": 1.0, "merge_weight": 0.5}
+    optimizer = OnlineMerging(OwnRate(policy.named_parameters()), delta, **settings)
+    before = policy[0].weight.detach().clone()
+    take_step(policy, optimizer, 0)
+    expected = before - 0.05 * policy[0].weight.grad + 0.5 * delta.tensor("0.weight")
+    assert torch.allclose(policy[0].weight, expected, rtol=0, atol=1e-6)

@@ -82,6 +82,12 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
         {"optimizer.groups": [{"pattern": "("}]},
         "optimizer.groups.0.pattern must be a regular expression",
     ),
+    (
+        "bad pattern in a list",
+        DPO,
+        {"optimizer.without_delta": ["head", "("]},
+        "optimizer.without_delta must be a regular expression",
+    ),
     ("training list", DPO, {"training": [1]}, "training must be a mapping, not a list"),
     # Combinations
     (
