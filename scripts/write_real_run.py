@@ -78,7 +78,7 @@ def collect(options: argparse.Namespace) -> dict[str, Any]:
         name: movement(folders[name], options.sft, options.base_model) for name in TUNED if name in folders
     }
     return {
-        "environment": environment(read_json(options.dpo / "environment.json")),
+        "environment": read_json(options.dpo / "environment.json"),
         "recipes": {name: recipe(folder) for name, folder in runs.items()},
         "data": {
             name: read_json(folder / "data.json")
@@ -131,18 +131,19 @@ def recipe(folder: Path) -> dict[str, Any]:
     }
 
 
-def environment(values: dict[str, Any]) -> dict[str, Any]:
-    """The part of environment.json that belongs on a page."""
-    return values
-
-
 def curves(folder: Path) -> dict[str, list[float]]:
     """The training curves, and when each step was logged (seconds since the first)."""
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     logs = [row for row in map(json.loads, lines) if "loss" in row]
-    names = ("loss", "rewards/margins", "rewards/accuracies", "grad_norm", "merge/arrived_delta")
+    names = ("loss", "rewards/margins", "rewards/accuracies", "grad_norm")
     found = {name: [row[name] for row in logs] for name in names if all(name in row for row in logs)}
-    return {"step": [row["step"] for row in logs], "time": [row["time"] for row in logs], **found}
+    arrived_ = [row["merge/arrived_delta"] for row in logs if "merge/arrived_delta" in row]
+    return {
+        "step": [row["step"] for row in logs],
+        "time": [round(row["time"] - logs[0]["time"], 1) for row in logs],
+        "arrived": arrived_,
+        **found,
+    }
 
 
 def movement(run: Path, sft: Path, base_model: Path) -> dict[str, float]:
@@ -348,11 +349,12 @@ def control_moved(control: dict[str, float]) -> str:
 
 
 def arrived(numbers: dict[str, Any]) -> str:
-    """How much of α·F(τ) was not lost to rounding."""
-    shares = numbers["curves"]["dpo"].get("merge/arrived_delta")
+    """How much of α·F(τ) was not lost to rounding, at the steps where that was measured."""
+    shares = numbers["curves"]["dpo"]["arrived"]
     if not shares:
         return ""
-    return f"Of α·F(τ), {min(shares):.1%} or more arrived in every step; fp32 rounding took the rest."
+    times = "once" if len(shares) == 1 else f"{len(shares)} times"
+    return f"Of α·F(τ) at least {min(shares):.1%} arrived (measured {times}); fp32 rounding took the rest."
 
 
 def again(numbers: dict[str, Any]) -> dict[str, str]:
