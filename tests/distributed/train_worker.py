@@ -3,7 +3,7 @@
 Usage: torchrun --nproc-per-node 2 -m tests.distributed.train_worker FOLDER
 
 Trains every recipe FOLDER/NAME.json, in the order of their names, and writes FOLDER/NAME.RANK.pt with the
-gradients of every step and the final parameters. NAME_resumed continues a copy of NAME's run that was cut off.
+gradients of every step and the final parameters. NAME_resumed continues a copy of NAME's run, cut off.
 """
 
 from __future__ import annotations

@@ -47,6 +47,18 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
     ),
     "precomputed reference": (2, {"training": {"precompute_ref_log_probs": True}}),
     "rows as a stream": (4, {"data": {"streaming": True}}),
+    "the best of the checkpoints is kept": (
+        6,
+        {
+            "training": {
+                "load_best_model_at_end": True,
+                "metric_for_best_model": "rewards/margins",
+                "greater_is_better": False,
+                "save_steps": 3,
+                "save_total_limit": 1,
+            }
+        },
+    ),
     "killed after the last checkpoint": (6, {"optimizer": {"merge_every": 4}}),
 }  # fmt: skip
 

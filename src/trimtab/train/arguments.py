@@ -14,6 +14,14 @@ OURS = ("save_total_limit", "model_init_kwargs", "precompute_ref_log_probs")
 """Fields of the ``training`` section that we act on ourselves (the last one together with TRL)."""
 
 
+NOT_YET = {
+    "fsdp": "is not supported yet; several processes train with DDP (torchrun)",
+    "push_to_hub": "is not supported yet; upload the finished model/ with hf upload",
+    "sync_ref_model": "would move the reference, which a resume could not bring back; leave it out",
+}
+"""Fields that a run cannot honour, and why."""
+
+
 def config_class(method: str) -> type:
     """Return TRL's config class for a method, against which a recipe's ``training`` section is checked."""
     import trl
@@ -44,6 +52,9 @@ def training_arguments(recipe: Recipe, *, evaluates: bool, resumes: bool) -> Any
     Raises:
         UserError: if the trainer refuses the arguments.
     """
+    refused = [name for name in NOT_YET if recipe.training.get(name)]
+    if refused:
+        raise UserError("; ".join(f"training.{name} {NOT_YET[name]}" for name in refused))
     fields = _defaults(recipe.training) | _renamed(recipe.training)
     for name in OURS[:2]:
         fields.pop(name, None)

@@ -8,6 +8,7 @@ from rich.syntax import Syntax
 from rich.table import Table
 
 from trimtab.recipe import Recipe
+from trimtab.train.drift import Drift
 from trimtab.train.estimate import Size, measure
 from trimtab.train.parts import gather_parts
 from trimtab.train.terminal import is_first_process, plain_libraries
@@ -44,6 +45,8 @@ def size_table(size: Size, recipe: Recipe) -> Table:
     table.add_row("rows", "streamed" if size.rows is None else f"{size.rows:,}")
     packed = "at most " if getattr(recipe.loss, "packing", False) else ""
     table.add_row("steps", f"{packed}{size.steps:,} of {size.batch:,} rows")
+    if recipe.optimizer.merges:
+        table.add_row("drift", f"{Drift(recipe).after(size.steps, of=size.steps):.3g} τ expected at the end")
     for name, count in size.memory.items():
         table.add_row(f"memory: {name}", gigabytes(count))
     table.add_row("memory in all", f"{gigabytes(size.total_memory)} per process, and activations")

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from trimtab.errors import UserError
+from trimtab.train.arguments import NOT_YET
 from trimtab.train.checkpoints import MARKER, last_complete
 from trimtab.train.mixin import OnlineMergingMixin
 
@@ -24,6 +25,11 @@ class GuardedTrainer(OnlineMergingMixin):
     * TRL's own model card and telemetry are off: the run folder has its own card, and nothing is reported to
       anyone who was not named in ``report_to``.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.is_fsdp_enabled:  # by accelerate's own configuration; a recipe's fsdp is refused before
+            raise UserError(f"FSDP {NOT_YET['fsdp']}")
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """One micro-batch, with a look at its loss.

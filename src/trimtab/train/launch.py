@@ -19,6 +19,7 @@ from trimtab.recipe import Recipe, make_recipe, refuse_differences
 from trimtab.train.callbacks import CompleteCheckpoints, MetricsFile, SparseProgress
 from trimtab.train.card import model_card
 from trimtab.train.checkpoints import last_complete, read_marker
+from trimtab.train.drift import HARM_BEGAN
 from trimtab.train.estimate import measure
 from trimtab.train.folder import RunFolder
 from trimtab.train.guard import is_disk_full, no_space
@@ -96,7 +97,7 @@ def _train(recipe: Recipe, folder: RunFolder, *, resume: bool) -> None:
     parts = gather_parts(recipe, resumes=checkpoint is not None)
     marker = _marker(checkpoint, parts.arguments.world_size) if checkpoint else None
     _introduce(parts)
-    trainer = importlib.import_module(f"trimtab.train.{recipe.method}").make_trainer(parts)
+    trainer = _make_trainer(parts)
     with parts.arguments.distributed_state.main_process_first():
         if is_first_process():
             _prepare(folder, parts, checkpoint, resume=resume)
@@ -108,8 +109,20 @@ def _train(recipe: Recipe, folder: RunFolder, *, resume: bool) -> None:
         _restore_counts(trainer, checkpoint)
         trainer.train(resume_from_checkpoint=str(checkpoint))
     else:  # killed after the last checkpoint: the Trainer would take one step more
-        trainer._load_from_checkpoint(str(checkpoint))
+        trainer._load_from_checkpoint(str(_kept(checkpoint, parts)))
     _finish(trainer, folder, parts)
+
+
+def _make_trainer(parts: Parts) -> Any:
+    """Build the method's trainer; what TRL refuses is the recipe's mistake, and is said as one."""
+    try:
+        return importlib.import_module(f"trimtab.train.{parts.recipe.method}").make_trainer(parts)
+    except UserError:
+        raise
+    except (ValueError, NotImplementedError, ImportError) as error:
+        raise UserError(
+            f"TRL refuses this {parts.recipe.method} recipe: {' '.join(str(error).split())}"
+        ) from error
 
 
 def _introduce(parts: Parts) -> None:
@@ -127,6 +140,10 @@ def _introduce(parts: Parts) -> None:
         f"{size.trainable:,} of {size.parameters:,} parameters, "
         f"{size.steps:,} steps of {size.batch:,} rows on {parts.arguments.device}"
     )
+    if parts.plan.drift is not None:
+        drift = parts.plan.drift.after(size.steps, of=size.steps)
+        late = f" (in the first experiments harm began at about {HARM_BEGAN} τ)" if drift > HARM_BEGAN else ""
+        say(f"the merges are expected to add up to {drift:.3g} τ{late}")
 
 
 def _marker(checkpoint: Path, world_size: int) -> dict[str, Any] | None:
@@ -141,6 +158,14 @@ def _marker(checkpoint: Path, world_size: int) -> dict[str, Any] | None:
 
 def _planned_steps(checkpoint: Path) -> int:
     return int(json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["max_steps"])
+
+
+def _kept(checkpoint: Path, parts: Parts) -> Path:
+    """The checkpoint whose weights a finished training keeps: the last, or the best where that is asked."""
+    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    best = state["best_model_checkpoint"]
+    keeps_best = parts.arguments.load_best_model_at_end and best is not None
+    return checkpoint.with_name(Path(best).name) if keeps_best else checkpoint
 
 
 def _prepare(folder: RunFolder, parts: Parts, checkpoint: Path | None, *, resume: bool) -> None:

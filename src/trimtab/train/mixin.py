@@ -77,9 +77,7 @@ class OnlineMergingMixin:
         """Make the learning rate's scheduler, and schedule α and p where the plan says so."""
         if self.lr_scheduler is None:
             target = unwrapped(optimizer or self.optimizer)
-            if (
-                self._scheduled is not target
-            ):  # a second train() keeps the optimizer and makes a new scheduler
+            if self._scheduled is not target:  # a second train() keeps its optimizer
                 self.optimizer_plan.schedule(target, num_training_steps)
                 self._scheduled = target
             custom = self.optimizer_plan.learning_rate
@@ -94,5 +92,8 @@ class OnlineMergingMixin:
         """Add what the optimizer measured to a training log, then log as the trainer does."""
         if "loss" in logs and self.optimizer is not None:
             logs.update(diagnostics(unwrapped(self.optimizer), since=self._last_logged))
+            if self.optimizer_plan.drift is not None:
+                steps = {"step": self.state.global_step, "of": self.state.max_steps}
+                logs["merge/expected_drift"] = self.optimizer_plan.drift.after(**steps)
             self._last_logged = self.state.global_step
         super().log(logs, *args, **kwargs)

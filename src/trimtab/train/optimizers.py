@@ -16,6 +16,7 @@ from trimtab.ops import canonical_name
 from trimtab.optim import OnDARE, OnlineMerging, OnTIES, schedule
 from trimtab.recipe import Optimizer as OptimizerSection
 from trimtab.recipe import Recipe
+from trimtab.train.drift import Drift
 
 _MERGING = (
     "reserve_rate",
@@ -51,6 +52,7 @@ class OptimizerPlan:
         learning_rate: factor on the learning rate after ``step`` of ``total`` steps; None leaves it to the
             trainer.
         factors: the same for other keys of the parameter groups, such as ``merge_weight``.
+        drift: what the merges are expected to have added up to, for the log; None leaves it out.
     """
 
     make: Callable[[Groups], torch.optim.Optimizer]
@@ -58,6 +60,7 @@ class OptimizerPlan:
     groups: Sequence[Mapping[str, Any]] = ()
     learning_rate: Callable[[int, int], float] | None = None
     factors: Mapping[str, Callable[[int, int], float]] = field(default_factory=dict)
+    drift: Drift | None = None
 
     def build(self, model: torch.nn.Module, decayed: set[str]) -> torch.optim.Optimizer:
         """Build the optimizer over the trainable parameters of ``model``.
@@ -97,6 +100,7 @@ class OptimizerPlan:
             # Without an end of its own it is one of transformers' schedules, which the trainer makes itself.
             learning_rate=schedules.lr.factor if schedules.lr.end else None,
             factors={key: value.factor for key, value in factors.items() if value is not None},
+            drift=Drift(recipe) if section.merges else None,
         )
 
 

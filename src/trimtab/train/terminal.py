@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 
 def is_first_process() -> bool:
@@ -37,9 +38,22 @@ def plain_libraries() -> Iterator[None]:
             warnings.filterwarnings(
                 "ignore", r"`(is_)?gradient_checkpointing\w*` is deprecated", FutureWarning
             )
+            warnings.showwarning = _show(warnings.showwarning)
             yield
     finally:
         if hide and not bars:
             datasets.enable_progress_bars()
         if hide and loading:
             logging.enable_progress_bar()
+
+
+def _show(otherwise: Callable[..., None]) -> Callable[..., None]:
+    """Our own warnings are sentences for users, so they are said without the place in the source."""
+
+    def show(message: Warning | str, category: type[Warning], *args: Any, **kwargs: Any) -> None:
+        if category.__module__.startswith("trimtab."):
+            say(f"warning: {message}")
+        else:
+            otherwise(message, category, *args, **kwargs)
+
+    return show

@@ -278,6 +278,11 @@ def test_a_full_disk_is_said_in_a_sentence(
         ({"training": {"evaluation_strategy": "steps"}}, "evaluation_strategy"),
         ({"streaming": True}, r"training\.max_steps"),
         ({"training": {"fp16": True, "bf16": True}}, "training: At most one of fp16 and bf16"),
+        (
+            {"training": {"fsdp": True}},
+            r"training\.fsdp is not supported yet; several processes train with DDP",
+        ),
+        ({"training": {"push_to_hub": True}}, r"training\.push_to_hub is not supported yet"),
     ],
 )
 def test_what_is_wrong_is_said_before_a_model_is_loaded(
@@ -289,6 +294,18 @@ def test_what_is_wrong_is_said_before_a_model_is_loaded(
         values["data"]["streaming"] = True
         values["training"] = {}
     with pytest.raises(UserError, match=sentence):
+        tiny.train(values)
+    assert not (tmp_path / "o").exists()
+
+
+def test_what_trl_refuses_is_said_as_a_mistake(tiny_models: Any, tiny_pairs: Any, tmp_path: Path) -> None:
+    training = {"f_divergence_type": "js_divergence"}
+    values = tiny.recipe(
+        tiny_models, tiny_pairs, tmp_path / "o", loss={"type": "nca_pair"}, training=training
+    )
+    with pytest.raises(
+        UserError, match="TRL refuses this dpo recipe: `f_divergence_type='js_divergence'` is"
+    ):
         tiny.train(values)
     assert not (tmp_path / "o").exists()
 
