@@ -1,14 +1,13 @@
-"""What happens at the Trainer's events: metrics, the marker after a save, progress in a log file."""
+"""What happens at the Trainer's events: metrics to a file, the marker after a save."""
 
 from __future__ import annotations
 
 import json
 import math
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -115,57 +114,3 @@ class CompleteCheckpoints(TrainerCallback):
             mark_complete(folder, step=state.global_step, world_size=args.world_size)
             if self.keep is not None:
                 drop_old(self.run, self.keep, never=state.best_model_checkpoint)
-
-
-class SparseProgress(TrainerCallback):
-    """Progress for a log file: about ``lines`` lines over a training instead of a bar redrawn in place.
-
-    Args:
-        lines: how many lines a whole training may take.
-        stream: where to print; the standard error stream when not given.
-    """
-
-    SHOWN = (
-        "loss",
-        "rewards/accuracies",
-        "rewards/margins",
-        "mean_token_accuracy",
-        "learning_rate",
-        "grad_norm",
-    )
-
-    def __init__(self, lines: int = 20, stream: TextIO | None = None) -> None:
-        self.lines = lines
-        self.stream = stream
-        self._next = 0
-        self._start = time.monotonic()
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Start the clock."""
-        self._start, self._next = time.monotonic(), state.global_step
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Print a training log when its turn has come, and every evaluation."""
-        logs = logs or {}
-        evaluated = "eval_loss" in logs
-        if not state.is_world_process_zero or not ("loss" in logs or evaluated):
-            return
-        if not evaluated and state.global_step < self._next and state.global_step < state.max_steps:
-            return
-        if not evaluated:
-            self._next = state.global_step + max(1, state.max_steps // self.lines)
-        shown = [name for name in self.SHOWN if f"eval_{name}" in logs or (name in logs and not evaluated)]
-        values = [f"{name} {float(logs['eval_' + name if evaluated else name]):.4g}" for name in shown]
-        elapsed = time.monotonic() - self._start
-        kind = "evaluation" if evaluated else f"{elapsed:.0f} s"
-        line = f"step {state.global_step}/{state.max_steps} ({kind}): {', '.join(values)}"
-        print(line, file=self.stream or sys.stderr, flush=True)

@@ -11,12 +11,11 @@ from typing import Any
 import torch
 from peft import PeftModel
 from rich.console import Console
-from transformers.trainer_callback import PrinterCallback
 
 from trimtab.errors import UserError
 from trimtab.files import write_text
 from trimtab.recipe import Recipe, make_recipe, refuse_differences
-from trimtab.train.callbacks import CompleteCheckpoints, MetricsFile, SparseProgress
+from trimtab.train.callbacks import CompleteCheckpoints, MetricsFile
 from trimtab.train.card import model_card
 from trimtab.train.checkpoints import last_complete, read_marker
 from trimtab.train.drift import HARM_BEGAN
@@ -25,6 +24,7 @@ from trimtab.train.folder import RunFolder
 from trimtab.train.guard import is_disk_full, no_space
 from trimtab.train.optimizers import unwrapped
 from trimtab.train.parts import Parts, gather_parts
+from trimtab.train.progress import show_progress
 from trimtab.train.samples import answers, sample_prompts
 from trimtab.train.terminal import is_first_process, plain_libraries, say
 
@@ -46,7 +46,7 @@ def run(
     Raises:
         UserError: for a mistake in the recipe, in the data or in what the output folder holds; for a loss
             that is not finite; and for a full disk.
-        KeyboardInterrupt: as it came; the last complete checkpoint stays and it is said how to go on.
+        KeyboardInterrupt: as it came, with a note of how to go on; the last complete checkpoint stays.
 
     Example:
         >>> from trimtab.recipe import load_recipe                  # doctest: +SKIP
@@ -69,8 +69,8 @@ def run(
     try:
         with plain_libraries():
             _train(recipe, folder, resume=resume)
-    except KeyboardInterrupt:
-        _say_interrupted(folder)
+    except KeyboardInterrupt as stop:
+        stop.add_note(_how_to_go_on(folder))
         raise
     except Exception as error:
         if was_fresh and is_first_process():
@@ -84,12 +84,11 @@ def run(
     return folder.path
 
 
-def _say_interrupted(folder: RunFolder) -> None:
+def _how_to_go_on(folder: RunFolder) -> str:
     kept = last_complete(folder.path) if folder.path.exists() else None
     if kept is not None:
-        say(f"interrupted; {kept} is complete, so the same command with --resume continues from there")
-    else:
-        say("interrupted before the first checkpoint; the same command with --resume starts anew")
+        return f"{kept} is complete, so the same command with --resume continues from there"
+    return "there was no complete checkpoint yet, so the same command with --resume starts anew"
 
 
 def _train(recipe: Recipe, folder: RunFolder, *, resume: bool) -> None:
@@ -204,9 +203,7 @@ def _add_callbacks(trainer: Any, folder: RunFolder, parts: Parts) -> None:
     keep = parts.recipe.training.get("save_total_limit")
     evaluates = parts.held_out is not None
     trainer.add_callback(CompleteCheckpoints(folder.path, keep, evaluates, merge_pending))
-    if parts.arguments.disable_tqdm:
-        trainer.remove_callback(PrinterCallback)
-        trainer.add_callback(SparseProgress())
+    show_progress(trainer)
 
 
 def _restore_counts(trainer: Any, checkpoint: Path) -> None:
