@@ -76,8 +76,8 @@ class RunFolder:
         return self.model.is_dir()
 
     def is_fresh(self) -> bool:
-        """Whether nothing is there yet."""
-        return not self.path.exists() or not any(self.path.iterdir())
+        """Whether nothing is there yet, but what a killed process was writing under temporary names."""
+        return not self.path.exists() or set(self.path.iterdir()) <= set(self._temporary())
 
     def started_with(self) -> dict[str, Any]:
         """Return the values of the recipe the run was started with.
@@ -119,6 +119,9 @@ class RunFolder:
     def clear(self, *, checkpoints: bool) -> list[Path]:
         """Delete a run's files, so that it can start anew; anything else in the folder stays.
 
+        So does the recipe, until :meth:`write_start` replaces it: without it a kill in between would leave a
+        folder that is no run, and could not be resumed.
+
         Args:
             checkpoints: delete checkpoints too; else incomplete ones are set aside.
 
@@ -127,15 +130,18 @@ class RunFolder:
         """
         for path in (self.model, self.results, *(self.path.glob("checkpoint-*") if checkpoints else ())):
             shutil.rmtree(path, ignore_errors=True)
-        for name in ("README.md", METRICS, ENVIRONMENT, RECIPE):
+        for name in ("README.md", METRICS, ENVIRONMENT):
             (self.path / name).unlink(missing_ok=True)
         self._sweep()
         return set_aside_incomplete(self.path)
 
     def _sweep(self) -> None:
         """Delete what a killed process was still writing under temporary names."""
-        for path in (*self.path.glob(".*.tmp"), *self.path.glob(".*.old"), *self.results.glob(".*.tmp")):
+        for path in (*self._temporary(), *self.results.glob(".*.tmp")):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    def _temporary(self) -> list[Path]:
+        return [*self.path.glob(".*.tmp"), *self.path.glob(".*.old")]
 
     def withdraw(self) -> None:
         """Delete what a run wrote that came to nothing, so that the corrected one finds no run in its way.
@@ -145,6 +151,7 @@ class RunFolder:
         if not self.path.is_dir() or self.metrics.exists() or any(self.path.glob("checkpoint-*")):
             return
         self.clear(checkpoints=False)
+        (self.path / RECIPE).unlink(missing_ok=True)
         if not any(self.path.iterdir()):
             self.path.rmdir()
 
@@ -167,9 +174,9 @@ class RunFolder:
         return aside
 
     def write_start(self, recipe: Recipe, device: torch.device, world_size: int) -> None:
-        """Write what is known before the first step: the environment and the recipe."""
-        write_json(self.path / ENVIRONMENT, environment(recipe.seed, device, world_size))
+        """Write what is known before the first step; the recipe first, since it makes the folder a run's."""
         write_text(self.path / RECIPE, yaml.safe_dump(recipe.resolved(), sort_keys=False, allow_unicode=True))
+        write_json(self.path / ENVIRONMENT, environment(recipe.seed, device, world_size))
 
     def note_resume(self, checkpoint: Path, seed: int, device: torch.device, world_size: int) -> list[str]:
         """Note in ``environment.json`` from where the run goes on, and in what its environment has changed.

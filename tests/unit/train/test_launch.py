@@ -243,9 +243,30 @@ def test_an_interrupt_is_passed_on_and_says_how_to_go_on(
 
     training_step = MergingDPOTrainer.training_step
     monkeypatch.setattr(MergingDPOTrainer, "training_step", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt) as stop:
         tiny.train(tiny.recipe(tiny_models, tiny_pairs, tmp_path / "o"))
-    assert "checkpoint-2 is complete, so the same command with --resume continues" in capsys.readouterr().err
+    (note,) = stop.value.__notes__
+    assert note.endswith("checkpoint-2 is complete, so the same command with --resume continues from there")
+    assert "complete, so" not in capsys.readouterr().err  # the command says it, in one line with the stop
+
+
+def test_a_run_killed_while_its_first_files_were_written_can_be_resumed(
+    tiny_models: Any, tiny_pairs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(path: Path, text: str) -> None:
+        path.parent.mkdir(exist_ok=True)
+        (path.parent / f".{path.name}.a1b2.tmp").write_text(text[:40])
+        raise SystemExit(9)
+
+    values = tiny.recipe(tiny_models, tiny_pairs, tmp_path / "o", training={"max_steps": 1})
+    with monkeypatch.context() as patch:
+        patch.setattr("trimtab.train.folder.write_text", killed)
+        with pytest.raises(SystemExit):
+            tiny.train(values)
+    assert not (tmp_path / "o" / "recipe.yaml").exists()
+    folder = tiny.train(values, resume=True)
+    assert (folder / "model").is_dir()
+    assert not list(folder.glob(".*.tmp"))
 
 
 def test_an_interrupted_save_leaves_no_half_checkpoint(
@@ -308,6 +329,15 @@ def test_what_trl_refuses_is_said_as_a_mistake(tiny_models: Any, tiny_pairs: Any
     ):
         tiny.train(values)
     assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize("key", ["reference", "model"])
+def test_a_model_that_is_not_there_is_reported_under_its_key(
+    key: str, tiny_models: Any, tiny_pairs: Any, tmp_path: Path
+) -> None:
+    values = tiny.recipe(tiny_models, tiny_pairs, tmp_path / "o", **{key: "nobody/nothing"})
+    with pytest.raises(UserError, match=f"^{key}: there is no folder 'nobody/nothing' here, and the hub"):
+        tiny.train(values)
 
 
 def test_conversations_without_a_chat_template_are_refused(
