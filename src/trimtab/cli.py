@@ -187,8 +187,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if sys.stdout is not None:  # it is None where it was closed
             sys.stdout.flush()
         return SUCCESS
-    except SystemExit as stop:  # argparse, after --help
-        return stop.code if isinstance(stop.code, int) else SUCCESS
+    except SystemExit as stop:  # argparse, after --help; a library that gives up with a sentence
+        return stop.code if isinstance(stop.code, int) else SUCCESS if stop.code is None else _failed(stop)
     except BaseException as error:
         return _failed(error)
     finally:

@@ -132,6 +132,11 @@ FAILURES = {
         1,
         "trimtab: failed with RuntimeError: the first line (TRIMTAB_TRACEBACK=1 shows where)",
     ),
+    "library that gives up": (
+        SystemExit("no GPU, no go"),
+        1,
+        "trimtab: failed with SystemExit: no GPU, no go (TRIMTAB_TRACEBACK=1 shows where)",
+    ),
     "silent bug": (
         AssertionError(),
         1,

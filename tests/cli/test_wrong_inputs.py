@@ -334,6 +334,11 @@ DELTAS: dict[str, tuple[Prepare, list[str], list[str]]] = {
     "pickled checkpoint": (pickled_model, ["broken", "base", "tau"], ["pytorch_model.bin", "safetensors"]),
     "existing delta": (a_delta(), ["reference", "base", "tau"], ["tau already holds a delta", "--overwrite"]),
     "file in the way": (nothing, ["reference", "base", "pairs.jsonl"], ["pairs.jsonl is a file"]),
+    "file above": (
+        nothing,
+        ["reference", "base", "pairs.jsonl/tau"],
+        ["pairs.jsonl is a file; give a folder"],
+    ),
     "model in the way": (nothing, ["reference", "base", "base", "--overwrite"], ["base holds other files"]),
 }
 

@@ -215,8 +215,12 @@ def check_target(path: Path, *, overwrite: bool) -> None:
     """Refuse to write where something else lies.
 
     Raises:
-        UserError: ``path`` exists and is not to be overwritten, or is no delta folder and so never is.
+        UserError: ``path`` exists and is not to be overwritten, or is no delta folder and so never is; or it
+            lies below a file.
     """
+    file = next((parent for parent in path.parents if parent.exists() and not parent.is_dir()), None)
+    if file is not None:
+        raise UserError(f"{path} cannot be made, since {file} is a file; give a folder to write the delta to")
     if not path.exists():
         return
     if not path.is_dir():

@@ -208,6 +208,11 @@ class TestTarget:
         with pytest.raises(UserError, match="is a file; give the name of a folder"):
             delta.save(tmp_path / "d", overwrite=True)
 
+    def test_below_a_file(self, delta: ReferenceDelta, tmp_path: Path) -> None:
+        (tmp_path / "d").write_text("")
+        with pytest.raises(UserError, match=r"d/deep/er cannot be made, since .*/d is a file; give a folder"):
+            delta.save(tmp_path / "d" / "deep" / "er")
+
     def test_no_room(self, delta: ReferenceDelta, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         class Usage:
             free = 100
