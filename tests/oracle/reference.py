@@ -302,7 +302,7 @@ class Parameter:
         update_kept: Bits | None = None,
         tau_kept: Bits | None = None,
     ) -> None:
-        """One optimizer step. Masks are needed for ``bernoulli`` alone. At lr = 0 a merge that is due waits."""
+        """One optimizer step. Only ``bernoulli`` needs masks. At lr = 0 a merge that is due waits."""
         if grad is None:
             return
         if self.since == 0:

@@ -52,8 +52,15 @@ def test_top_mask_keeps_exactly_the_k_that_the_oracle_keeps(x: Tensor, data: st.
     assert kept.reshape(-1).tolist() == oracle.top_mask(as_float64(x), k)
 
 
+SPECIAL_BITS = [0x7F80, 0xFF80, 0x7F81, 0xFFC1, 0x7FFF, 0x7C00, 0xFC00, 0x7C01, 0xFFFF, 0x0001, 0x8000, 0]
+
+
 @bounded(200)
-@given(bits=st.lists(st.integers(0, 2**16 - 1), min_size=1, max_size=60), half=st.booleans(), data=st.data())
+@given(
+    bits=st.lists(st.integers(0, 2**16 - 1) | st.sampled_from(SPECIAL_BITS), min_size=1, max_size=60),
+    half=st.booleans(),
+    data=st.data(),
+)
 def test_top_mask_orders_every_bit_pattern(bits: list[int], half: bool, data: st.DataObject) -> None:
     dtype = torch.float16 if half else torch.bfloat16
     x = torch.tensor([b - 2**16 if b >= 2**15 else b for b in bits], dtype=torch.int16).view(dtype)
