@@ -45,7 +45,11 @@ class Operator:
             )
 
     def is_identity_on_first(self, weights: Sequence[float], reserve_rate: float) -> bool:
-        """Whether ⊕_w(F(δ₁), …) is δ₁ itself: weights (1, 0, …) and F the identity."""
+        """Whether the merge is skipped, with δ₁ as its result: weights (1, 0, …) and F the identity.
+
+        For ``linear`` and ``sign`` the arithmetic gives the same. ``sign_unweighted`` would let a delta of
+        weight 0 vote; with α = 0 nothing is to be merged, so it is skipped there too.
+        """
         sparse = self.sparsify != "none" and reserve_rate != 1
         return not sparse and weights[0] == 1 and all(w == 0 for w in weights[1:])
 
