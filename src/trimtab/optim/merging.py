@@ -198,23 +198,28 @@ class Merging:
 
     def _delta_term(self, name: str, like: Tensor, rate: float) -> tuple[Tensor, float]:
         """τ with the rate it is still to be sparsified at: 1 where F(τ) does not change and was kept."""
-        preset = self.preset
+        if self.preset.redraw and self.preset.operator.sparsify != "top":
+            return self._values(name, like), rate
+        at, kept = self._fixed.get(name, (None, None))
+        if kept is None or at != rate or not _alike(kept, like):
+            kept = self._sparsified_once(name, self._values(name, like), rate)
+            self._fixed[name] = (rate, kept)
+            if at is None:  # τ itself is needed again only where p moves, which is not known yet
+                del self._tau[name]
+        return kept, 1.0
+
+    def _values(self, name: str, like: Tensor) -> Tensor:
         tau = self._tau.get(name)
-        if tau is None or (tau.device, tau.dtype) != (like.device, like.dtype):
+        if tau is None or not _alike(tau, like):
             tau = self._tau[name] = self.delta.tensor(name, dtype=like.dtype).to(like.device)
-            self._fixed.pop(name, None)
-        if preset.redraw and preset.operator.sparsify != "top":
-            return tau, rate
-        if name not in self._fixed or self._fixed[name][0] != rate:
-            operator, key = preset.operator, MaskKey(self.seed, DELTA, 0, name)
-            kept = sparsify(
-                tau, operator.sparsify, rate, rescale=operator.rescale, key=key, counting=operator.counting
-            )
-            self._fixed[name] = (
-                rate,
-                kept if preset.clamp is None else kept.clamp(-preset.clamp, preset.clamp),
-            )
-        return self._fixed[name][1], 1.0
+        return tau
+
+    def _sparsified_once(self, name: str, tau: Tensor, rate: float) -> Tensor:
+        operator, clamp, key = self.preset.operator, self.preset.clamp, MaskKey(self.seed, DELTA, 0, name)
+        kept = sparsify(
+            tau, operator.sparsify, rate, rescale=operator.rescale, key=key, counting=operator.counting
+        )
+        return kept if clamp is None else kept.clamp(-clamp, clamp)
 
 
 def named(groups: Iterable[dict[str, Any]]) -> list[tuple[str, Tensor]]:
@@ -224,6 +229,10 @@ def named(groups: Iterable[dict[str, Any]]) -> list[tuple[str, Tensor]]:
         for group in groups
         for name, p in zip(group["param_names"], group["params"], strict=True)
     ]
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    return (one.device, one.dtype) == (other.device, other.dtype)
 
 
 def _weights(group: dict[str, Any]) -> tuple[float, float]:
@@ -236,6 +245,11 @@ def _weights(group: dict[str, Any]) -> tuple[float, float]:
                 f"(now {lr}); build the optimizer with the peak learning rate"
             )
         alpha = alpha * lr / first if lr != 0 else 0.0
+    if not 0 <= alpha <= 1:
+        raise UserError(
+            f"merge_weight is {alpha} in this step (merge_weight_follows_lr scales it by lr / first lr); it "
+            "must be in [0, 1]"
+        )
     return 1.0 - alpha, alpha
 
 

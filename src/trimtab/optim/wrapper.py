@@ -266,12 +266,16 @@ class OnlineMerging(MergingShell):
 
     @torch.no_grad()
     def _post_step(self, *_: Any) -> None:
-        for name, p, group in self._parameters():
+        # Around a fused optimizer a GradScaler calls even the step that is to be skipped, and says so here.
+        found_inf = getattr(self.optimizer, "found_inf", None)
+        skipped = found_inf is not None and bool(found_inf)
+        for name, p, group in [] if skipped else self._parameters():
             if p.grad is not None:
                 self._finish(name, p, group)
         self._swap_back()
         self._before = {}
-        self._after_step()
+        if not skipped:
+            self._after_step()
 
     def _finish(self, name: str, p: Tensor, group: dict[str, Any]) -> None:
         """Merge into one parameter that the wrapped optimizer has just moved; then store it."""

@@ -97,8 +97,9 @@ def count_steps(rows: int | None, arguments: Any) -> int:
 def memory(parts: Parts, parameters: int, trainable: int) -> dict[str, int]:
     """Estimate the bytes that stay allocated in each process, by what they are for.
 
-    Weights, gradients and both moments in fp32; τ in fp32; one more copy for step-K's anchor and one where
-    F(τ) is kept. What depends on the batch (activations, logits) is not in it.
+    Weights, gradients and both moments in fp32; τ in fp32, or F(τ) where it does not change, or both where it
+    changes with p alone; one more copy for step-K's anchor. What depends on the batch (activations, logits)
+    is not in it.
     """
     optimizer, gap = parts.recipe.optimizer, _gap(parts.recipe)
     sizes = {
@@ -119,7 +120,10 @@ def _gap(recipe: Recipe) -> int:
 
 
 def _keeps_sparsified(parts: Parts) -> bool:
+    """Whether F(τ) is kept beside τ: it is used again, but not for ever."""
     optimizer = parts.recipe.optimizer
+    if parts.recipe.schedule.reserve_rate is None:
+        return False
     once = optimizer.redraw is False or optimizer.fidelity == "released"
     return optimizer.merges and (once or optimizer.name == "onties" or optimizer.sparsify == "top")
 

@@ -419,6 +419,39 @@ def test_merge_weight_follows_lr_when_asked(policy, delta):
 
 
 @pytest.mark.parametrize("make", [ondare, around_sgd])
+def test_a_merge_weight_beyond_one_is_refused_in_the_step(make, policy, delta):
+    optimizer = make(policy, delta, merge_weight=0.75, merge_weight_follows_lr=True)
+    optimizer.param_groups[0]["lr"] *= 2
+    with pytest.raises(UserError, match=r"merge_weight is 1.5 in this step .*; it must be in \[0, 1\]"):
+        take_step(policy, optimizer, 0)
+
+
+def test_a_step_that_gradient_scaling_skips_inside_a_fused_optimizer_merges_nothing(policy, delta):
+    inner = torch.optim.AdamW(policy.named_parameters(), lr=0.1, fused=True)
+    optimizer = OnlineMerging(inner, delta, sparsify="none", reserve_rate=1.0, merge_weight=0.5)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    for factor in (float("inf"), 1.0):
+        before = flat(policy)
+        optimizer.zero_grad()
+        scaler.scale(policy(torch.ones(7)).sum() * factor).backward()
+        scaler.step(inner)
+        scaler.update()
+        assert torch.equal(flat(policy), before) == (factor != 1.0)
+    assert {state["merge_count"] for state in optimizer.state.values()} == {1}
+
+
+@pytest.mark.parametrize("make", [onties, lambda *args: ondare(*args, fidelity="released")])
+def test_tau_is_not_kept_beside_its_sparsified_self_unless_p_moves(make, policy, delta):
+    optimizer = make(policy, delta)
+    for t in range(2):
+        take_step(policy, optimizer, t)
+    assert (len(optimizer.merging._fixed), len(optimizer.merging._tau)) == (4, 0)
+    optimizer.param_groups[0]["reserve_rate"] = 0.25
+    take_step(policy, optimizer, 2)
+    assert (len(optimizer.merging._fixed), len(optimizer.merging._tau)) == (4, 4)
+
+
+@pytest.mark.parametrize("make", [ondare, around_sgd])
 def test_merge_weight_cannot_follow_a_learning_rate_that_begins_at_zero(make, policy, delta):
     optimizer = make(policy, delta, lr=0.0, merge_weight_follows_lr=True)
     take_step(policy, optimizer, 0)  # and yet nothing moves, and nothing is refused

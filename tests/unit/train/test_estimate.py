@@ -51,12 +51,14 @@ def tensors_of(trainer: Any) -> dict[str, int]:
         return size(entry[name] for entry in optimizer.state.values() for name in names if name in entry)
 
     merging = getattr(optimizer, "merging", None)
+    tau = size(merging._tau.values()) if merging else 0
+    kept = size(kept for _, kept in merging._fixed.values()) if merging else 0
     sizes = {
         "weights": size(trainer.model.parameters()),
         "gradients": size(p for p in trainer.model.parameters() if p.requires_grad),
         "Adam's moments": state("exp_avg", "exp_avg_sq"),
-        "reference delta": size(merging._tau.values()) if merging else 0,
-        "sparsified delta": size(kept for _, kept in merging._fixed.values()) if merging else 0,
+        "reference delta": tau or kept,
+        "sparsified delta": kept if tau else 0,
         "anchor of step-K": state("merge_anchor"),
         "reference model": size(trainer.ref_model.parameters()) if trainer.ref_model is not None else 0,
     }
@@ -69,10 +71,11 @@ def tensors_of(trainer: Any) -> dict[str, int]:
         ({}, {}, {}),
         ({"name": "onties", "merge_every": 2}, {}, {}),
         ({"fidelity": "released"}, {}, {}),
+        ({"name": "onties"}, {}, {"schedule": {"reserve_rate": {"type": "linear", "end": 0.5}}}),
         (tiny.ADAMW, {"precompute_ref_log_probs": True}, {"base": None}),
         (tiny.ADAMW, {}, {"base": None, "adapter": {"r": 4, "alpha": 8}}),
     ],
-    ids=["ondare", "onties K=2", "released", "adamw precomputed", "lora"],
+    ids=["ondare", "onties K=2", "released", "onties with p moving", "adamw precomputed", "lora"],
 )
 def test_the_memory_estimate_is_what_a_training_holds(
     optimizer: dict[str, Any], training: dict[str, Any], more: dict[str, Any],
