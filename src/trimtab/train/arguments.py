@@ -17,6 +17,9 @@ OURS = ("save_total_limit", "model_init_kwargs", "precompute_ref_log_probs")
 NOT_YET = {
     "fsdp": "is not supported yet; several processes train with DDP (torchrun)",
     "push_to_hub": "is not supported yet; upload the finished model/ with hf upload",
+    "save_only_model": "would leave nothing that a resume could go on from; leave it out",
+    "ignore_data_skip": "would give a resumed run other rows than it would have had; leave it out",
+    "auto_find_batch_size": "would change the batches while training; give per_device_train_batch_size",
     "sync_ref_model": "would move the reference, which a resume could not bring back; leave it out",
 }
 """Fields that a run cannot honour, and why."""

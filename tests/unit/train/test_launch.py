@@ -303,6 +303,15 @@ def test_a_full_disk_is_said_in_a_sentence(
             {"training": {"fsdp": True}},
             r"training\.fsdp is not supported yet; several processes train with DDP",
         ),
+        (
+            {"training": {"save_only_model": True}},
+            r"training\.save_only_model would leave nothing that a resume",
+        ),
+        (
+            {"training": {"ignore_data_skip": True}},
+            r"training\.ignore_data_skip would give a resumed run other",
+        ),
+        ({"training": {"auto_find_batch_size": True}}, r"training\.auto_find_batch_size would change"),
         ({"training": {"push_to_hub": True}}, r"training\.push_to_hub is not supported yet"),
     ],
 )
