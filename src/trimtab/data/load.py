@@ -71,17 +71,21 @@ def load_data(
     says stop the run with a sentence that names file and line. A row's length is the number of tokens that
     TRL will make of it.
 
-    Args: spec: the recipe's data section. method: ``dpo`` (columns prompt, chosen, rejected) or ``sft``
-        (messages, or prompt and completion, or text). part: ``train`` or ``eval``. tokenizer: the one the
-        trainer gets, with its chat template. seed: which rows a fractional weight takes, and how sources
-        are interleaved. progress: show a progress bar while reading.
+    Args:
+        spec: the recipe's data section.
+        method: ``dpo`` (columns prompt, chosen, rejected) or ``sft`` (messages, or prompt and completion, or
+            text).
+        part: ``train`` or ``eval``.
+        tokenizer: the one the trainer gets, with its chat template.
+        seed: which rows a fractional weight takes, and how sources are interleaved.
+        progress: show a progress bar while reading.
 
     Returns:
         The dataset and the report on it.
 
-    Raises: UserError: if a source is missing, empty, malformed, in an unknown format or without the columns
-        needed;
-            if the tokenizer cannot take the rows; if sources cannot be mixed; or if no row is left.
+    Raises:
+        UserError: if a source is missing, empty, malformed, in an unknown format or without the columns
+            needed; if the tokenizer cannot take the rows; if sources cannot be mixed; or if no row is left.
     """
     sources = _sources(spec, part)
     inspected = [

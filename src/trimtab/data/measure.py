@@ -117,8 +117,9 @@ class Ruler:
     def check_cut(self, row: Row, rendered: list[str], conversational: bool) -> None:
         """Check that a row still teaches something once TRL has cut its end off.
 
-        Raises: Dropped: ``prompt_fills``, if the prompt alone reaches ``max_length``; TRL would drop the
-            row unsaid.
+        Raises:
+            Dropped: ``prompt_fills``, if the prompt alone reaches ``max_length``; TRL would drop the row
+                unsaid.
         """
         if self.max_length is None or "prompt" not in row:
             return

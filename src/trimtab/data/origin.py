@@ -39,9 +39,11 @@ class Origin:
 def open_source(source: Source, part: str, *, streaming: bool = False) -> Origin:
     """Find what a source names.
 
-    Args: source: as the recipe gives it. part: ``train`` or ``eval``: which split is meant where the recipe
-        does not say. streaming: read a hub dataset as it is downloaded, instead of after. Local files are
-        read row by row anyway.
+    Args:
+        source: as the recipe gives it.
+        part: ``train`` or ``eval``: which split is meant where the recipe does not say.
+        streaming: read a hub dataset as it is downloaded, instead of after. Local files are read row by row
+            anyway.
 
     Raises:
         UserError: if there is nothing of that name, here or on the hub, or not the split or subset asked for.
