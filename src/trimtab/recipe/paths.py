@@ -52,8 +52,7 @@ def path_problems(recipe: Recipe) -> Iterator[Problem]:
 def _models(recipe: Recipe) -> Iterator[tuple[Key, str]]:
     """Each model once, at the key that was written rather than the one that was filled in from it."""
     seen: set[str] = set()
-    order = ("reference", "model", "base") if recipe.needs_reference else ("model", "reference", "base")
-    for name in order:
+    for name in (recipe.key_of_model(), "model", "reference", "base"):
         text = getattr(recipe, name)
         if text is not None and text not in seen:
             seen.add(text)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ModelWrapValidatorHandler, model_validator
 
 from trimtab.recipe.sections import (
     MERGING,
@@ -71,6 +71,20 @@ class Recipe(Section):
             if filled.get(section) is None:
                 filled[section] = {}
         return cls._fill_models(filled)
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _remember_what_was_given(cls, values: Any, validated: ModelWrapValidatorHandler[Recipe]) -> Recipe:
+        """Leave what was filled in out of ``model_fields_set``: errors name the key that was written."""
+        recipe = validated(values)
+        for name in ("model", "reference"):
+            if isinstance(values, dict) and values.get(name) is None:
+                recipe.model_fields_set.discard(name)
+        return recipe
+
+    def key_of_model(self) -> Literal["model", "reference"]:
+        """The key under which the policy's start was given."""
+        return "reference" if "model" not in self.model_fields_set and self.reference is not None else "model"
 
     @classmethod
     def _fill_models(cls, values: dict[str, Any]) -> dict[str, Any]:

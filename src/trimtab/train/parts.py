@@ -96,8 +96,7 @@ def find_models(recipe: Recipe) -> tuple[ModelFolder, ModelFolder | None]:
     """Find the policy and, where the method has one, the reference."""
     if recipe.model is None:
         raise UserError(f"model is missing: method {recipe.method} needs the model to start from")
-    same = recipe.reference == recipe.model
-    policy = find_model(recipe.model, "reference" if same and recipe.needs_reference else "model")
+    policy = find_model(recipe.model, recipe.key_of_model())
     if policy.is_adapter and recipe.adapter is not None:
         raise UserError(
             f"model {policy.label!r} is an adapter already, so the recipe's adapter cannot be added to it; "
@@ -105,6 +104,7 @@ def find_models(recipe: Recipe) -> tuple[ModelFolder, ModelFolder | None]:
         )
     if not recipe.needs_reference or recipe.reference is None:
         return policy, None
+    same = recipe.reference == recipe.model
     return policy, policy if same else find_model(recipe.reference, "reference")
 
 

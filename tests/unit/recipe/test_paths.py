@@ -82,6 +82,12 @@ def test_a_folder_that_is_no_model(break_it, message, folder):
     assert message in sentence
 
 
+@pytest.mark.parametrize(("given", "filled"), [("model", "reference"), ("reference", "model")])
+def test_a_model_that_is_not_there_is_named_by_the_key_that_was_written(given, filled):
+    values = changed(DPO, {given: "./nowhere", filled: None})
+    assert refusal(values).startswith(f"recipe: {given} './nowhere' does not exist")
+
+
 def test_a_file_is_no_model(folder):
     assert "is a file; a model is a folder" in refusal(changed(SFT, {"model": "model/config.json"}))
 

@@ -340,11 +340,11 @@ def test_what_trl_refuses_is_said_as_a_mistake(tiny_models: Any, tiny_pairs: Any
     assert not (tmp_path / "o").exists()
 
 
-@pytest.mark.parametrize("key", ["reference", "model"])
+@pytest.mark.parametrize(("key", "other"), [("reference", {}), ("model", {}), ("model", {"reference": None})])
 def test_a_model_that_is_not_there_is_reported_under_its_key(
-    key: str, tiny_models: Any, tiny_pairs: Any, tmp_path: Path
+    key: str, other: dict[str, None], tiny_models: Any, tiny_pairs: Any, tmp_path: Path
 ) -> None:
-    values = tiny.recipe(tiny_models, tiny_pairs, tmp_path / "o", **{key: "nobody/nothing"})
+    values = tiny.recipe(tiny_models, tiny_pairs, tmp_path / "o", **{key: "nobody/nothing"}, **other)
     with pytest.raises(UserError, match=f"^{key}: there is no folder 'nobody/nothing' here, and the hub"):
         tiny.train(values)
 
