@@ -6,24 +6,9 @@ from collections.abc import Iterator
 
 from trimtab.recipe.problems import Key, Problem
 from trimtab.recipe.recipe import Recipe
-from trimtab.recipe.sections import MERGING, Optimizer, Schedule, SFTLoss
+from trimtab.recipe.sections import MERGE_SETTINGS, MERGING, Optimizer, Schedule, SFTLoss
 
 NAME: Key = ("optimizer", "name")
-MERGE_SETTINGS = (
-    "reserve_rate",
-    "merge_weight",
-    "merge_every",
-    "fidelity",
-    "sparsify",
-    "consensus",
-    "rescale",
-    "redraw",
-    "rounding",
-    "measure_every",
-    "merge_weight_follows_lr",
-    "policy_differs",
-    "without_delta",
-)
 
 
 def combination_problems(recipe: Recipe) -> Iterator[Problem]:

@@ -26,6 +26,23 @@ from trimtab.recipe.values import (
 MERGING = ("ondare", "onties", "online_merging")
 """The optimizers that merge a reference delta in as they go."""
 
+MERGE_SETTINGS = (
+    "reserve_rate",
+    "merge_weight",
+    "merge_every",
+    "fidelity",
+    "sparsify",
+    "consensus",
+    "rescale",
+    "redraw",
+    "rounding",
+    "measure_every",
+    "merge_weight_follows_lr",
+    "policy_differs",
+    "without_delta",
+)
+"""The settings that only those optimizers have."""
+
 MERGING_DEFAULTS = {
     "reserve_rate": 0.01,
     "merge_weight": 1e-7,

@@ -16,23 +16,9 @@ from trimtab.ops import canonical_name
 from trimtab.optim import OnDARE, OnlineMerging, OnTIES, schedule
 from trimtab.recipe import Optimizer as OptimizerSection
 from trimtab.recipe import Recipe
+from trimtab.recipe.sections import MERGE_SETTINGS
 from trimtab.train.drift import Drift
 
-_MERGING = (
-    "reserve_rate",
-    "merge_weight",
-    "merge_every",
-    "fidelity",
-    "sparsify",
-    "consensus",
-    "rescale",
-    "redraw",
-    "rounding",
-    "measure_every",
-    "merge_weight_follows_lr",
-    "policy_differs",
-    "without_delta",
-)
 Groups = list[dict[str, Any]]
 """Parameter groups as torch takes them, with ``params`` as (name, parameter) pairs."""
 
@@ -119,7 +105,7 @@ def _maker(
         return lambda groups: torch.optim.AdamW(groups, **adam)
     if delta is None:
         raise UserError(f"optimizer {section.name} merges a reference delta; give base or delta")
-    given = section.model_dump(exclude_none=True, include=set(_MERGING))
+    given = section.model_dump(exclude_none=True, include=set(MERGE_SETTINGS))
     merging = {key: value for key, value in given.items() if key != "fidelity"} | {"seed": seed}
     if section.name == "online_merging":
         return lambda groups: OnlineMerging(torch.optim.AdamW(groups, **adam), delta, **merging)
