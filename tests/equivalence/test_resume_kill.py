@@ -42,14 +42,15 @@ def start(recipe: Path, *flags: str) -> subprocess.Popen[str]:
 
 
 def kill_at(process: subprocess.Popen[str], moment: Moment, delay: float) -> bool:
-    """Kill the process ``delay`` seconds after ``moment`` has come; False if it was done before."""
+    """Kill the process ``delay`` seconds after ``moment`` has come; False if it was done before, and well."""
     while process.poll() is None and not moment():
         time.sleep(0.0005)
     if process.poll() is None:
         time.sleep(delay)
     process.send_signal(signal.SIGKILL)
-    process.communicate(timeout=60)
-    return process.returncode == -signal.SIGKILL
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode in (0, -signal.SIGKILL), said
+    return process.returncode != 0
 
 
 def after_lines(run: Path, more: int) -> Moment:
