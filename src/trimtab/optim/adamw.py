@@ -77,8 +77,6 @@ class OnlineMergingAdamW(MergingShell):
     ) -> None:
         if fidelity not in FIDELITIES:
             raise unknown("fidelity", fidelity, FIDELITIES)
-        if rounding not in ("auto", "nearest", "residual", "stochastic"):
-            raise unknown("rounding", rounding, ("auto", "nearest", "residual", "stochastic"))
         if not lr >= 0:
             raise UserError(f"lr must be ≥ 0, got {lr}")
         if not all(0 <= beta < 1 for beta in betas):

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from trimtab.errors import UserError
+from trimtab.errors import UserError, unknown
 from trimtab.ops import DELTA, UPDATE, MaskKey, Preset, canonical_name, combine, combine_parts, sparsify
 from trimtab.optim.arrival import ArrivalMeter
-from trimtab.optim.precision import Rounding
+from trimtab.optim.precision import ROUNDINGS, Rounding
 
 if TYPE_CHECKING:
     from trimtab.delta import ReferenceDelta
@@ -36,7 +36,7 @@ class Merging:
         force_merge: run the arithmetic where the merge is the identity; for tests.
 
     Raises:
-        UserError: a pattern is no regular expression, or the seed is out of range.
+        UserError: a pattern is no regular expression, the seed is out of range, or the rounding unknown.
     """
 
     delta: ReferenceDelta
@@ -53,6 +53,8 @@ class Merging:
     def __post_init__(self) -> None:
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 1 << 64:
             raise UserError(f"seed must be a whole number in [0, 2^64), got {self.seed!r}")
+        if self.rounding not in ROUNDINGS:
+            raise unknown("rounding", self.rounding, ROUNDINGS)
         given = self.without_delta
         self.without_delta = (given,) if isinstance(given, str) else tuple(given)
         for pattern in self.without_delta:

@@ -10,6 +10,7 @@ from torch import Tensor
 from trimtab.ops import ROUNDING, MaskKey, join_master, split_master, stochastic_round, uniform_u32
 
 Rounding = Literal["auto", "nearest", "residual", "stochastic"]
+ROUNDINGS: tuple[Rounding, ...] = ("auto", "nearest", "residual", "stochastic")
 RESIDUAL = "merge_residual"
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from trimtab.errors import UserError, unknown
+from trimtab.errors import UserError
 from trimtab.ops import Consensus, Operator, Preset, Rescale, Sparsifier, canonical_name
 from trimtab.optim.merging import DECAY, SINCE, Merging
 from trimtab.optim.precision import (
@@ -39,7 +39,8 @@ class OnlineMerging(MergingShell):
 
         θ ← (1 − lr·λ)·θ_before + ((1−α)·F(Δ)) ⊕ (α·F(τ)).
 
-    The merge hangs on the wrapped optimizer's step hooks, so calling either object's ``step`` merges. Groups,
+    The merge hangs on the wrapped optimizer's step hooks, so calling either object's ``step`` merges. (Call
+    this one's where a step may raise: it gives parameters below fp32 back even then.) Groups,
     state and ``state_dict`` are the wrapped optimizer's own, with a few entries more. For parameters below
     fp32 the wrapped optimizer is shown fp32 masters and gradients during its step; since a closure would then
     run the model on them, it is evaluated before.
@@ -109,8 +110,6 @@ class OnlineMerging(MergingShell):
                 f"this {type(optimizer).__name__} is wrapped in OnlineMerging already, and each step would "
                 "merge twice; build a new optimizer to wrap"
             )
-        if rounding not in ("auto", "nearest", "residual", "stochastic"):
-            raise unknown("rounding", rounding, ("auto", "nearest", "residual", "stochastic"))
         self.optimizer = optimizer
         merging = Merging(
             delta,
@@ -165,6 +164,12 @@ class OnlineMerging(MergingShell):
     def __repr__(self) -> str:
         operator = self.merging.preset.operator
         return f"OnlineMerging({operator.sparsify}, {operator.consensus}) around {self.optimizer!r}"
+
+    def __getattr__(self, name: str) -> Any:
+        """Hooks on state dicts are the wrapped optimizer's: it is the one that saves and loads."""
+        if name.startswith("_optimizer_") and "optimizer" in self.__dict__:
+            return getattr(self.optimizer, name)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     # Read through at every use: load_state_dict replaces the wrapped optimizer's list and state.
     @property

@@ -12,7 +12,8 @@ from trimtab.recipe.values import spelled
 
 MAY_DIFFER: tuple[Key, ...] = (
     ("output",),
-    ("evaluation",),
+    # Not evaluation.every: each pass over the held-out rows draws from the random state that dropout uses.
+    *(("evaluation", name) for name in ("samples", "prompts", "max_new_tokens")),
     *(
         ("training", name)
         for name in (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, ModelWrapValidatorHandler, model_validator
 
@@ -54,7 +54,7 @@ class Recipe(Section):
     evaluation: Evaluation = Evaluation()
     output: Text
     """The run folder."""
-    seed: NonNegativeCount = 0
+    seed: Annotated[NonNegativeCount, Field(lt=2**32)] = 0
 
     @model_validator(mode="before")
     @classmethod

@@ -478,3 +478,13 @@ def test_an_optimizer_that_finds_its_own_learning_rate_can_be_wrapped(defaults, 
     take_step(policy, optimizer, 0)
     expected = before - 0.05 * policy[0].weight.grad + 0.5 * delta.tensor("0.weight")
     assert torch.allclose(policy[0].weight, expected, rtol=0, atol=1e-6)
+
+
+def test_state_dict_hooks_on_the_wrapper_are_the_wrapped_optimizers(policy, delta):
+    optimizer = around_sgd(policy, delta)
+    seen = []
+    optimizer.register_state_dict_pre_hook(lambda inner: seen.append(type(inner).__name__))
+    optimizer.state_dict()
+    assert seen == ["SGD"]
+    with pytest.raises(AttributeError, match="no attribute 'lr'"):
+        optimizer.lr  # noqa: B018
