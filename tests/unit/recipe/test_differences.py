@@ -26,6 +26,7 @@ from trimtab.recipe import make_recipe, recipe_differences, refuse_differences
         ({"training.logging_steps": 5}, "training.logging_steps", True),
         ({"training.report_to": ["wandb"]}, "training.report_to.0", True),
         ({"evaluation.max_new_tokens": 5}, "evaluation.max_new_tokens", True),
+        ({"evaluation.every": 5}, "evaluation.every", False),
     ],
 )
 def test_differences(changes, key, allowed):
