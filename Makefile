@@ -35,7 +35,7 @@ bench: $(STAMP)                     ## speed, as ratios against the named peers
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt scripts/setup.sh
-	PYTHON="$(PYTHON)" VENV="$(VENV)" sh scripts/setup.sh
+	@PYTHON="$(PYTHON)" VENV="$(VENV)" sh scripts/setup.sh
 	@touch $@
 
 clean:

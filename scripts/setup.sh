@@ -4,8 +4,8 @@ set -eu
 PYTHON="${PYTHON:-python3}"
 VENV="${VENV:-.venv}"
 if ! "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
-  found=$("$PYTHON" --version 2>&1 || true)
-  echo "trimtab needs Python 3.11 or newer, found '${found}' as '${PYTHON}'; point make at another one: make PYTHON=python3.12 ..." >&2
+  found=$("$PYTHON" --version 2>/dev/null || echo nothing that runs)
+  echo "trimtab needs Python 3.11 or newer, found ${found} as '${PYTHON}'; point make at another one: make PYTHON=python3.12 ..." >&2
   exit 2
 fi
 [ -x "$VENV/bin/python" ] || "$PYTHON" -m venv "$VENV"
