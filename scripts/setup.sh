@@ -4,7 +4,7 @@ set -eu
 PYTHON="${PYTHON:-python3}"
 VENV="${VENV:-.venv}"
 if ! "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
-  found=$("$PYTHON" --version 2>/dev/null || echo nothing that runs)
+  found=$("$PYTHON" -c 'import sys; print("Python " + sys.version.split()[0])' 2>/dev/null || echo nothing that runs)
   echo "trimtab needs Python 3.11 or newer, found ${found} as '${PYTHON}'; point make at another one: make PYTHON=python3.12 ..." >&2
   exit 2
 fi
