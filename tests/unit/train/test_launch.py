@@ -179,7 +179,8 @@ def test_a_resume_with_nothing_to_resume_starts_anew(copied: Any, capsys: Any) -
     folder, values = copied
     for path in (folder / "model", folder / "checkpoint-4" / "trimtab.json"):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    tiny.train({**values, "evaluation": {}}, resume=True)
+    fewer = {**values["evaluation"], "samples": 0, "prompts": []}
+    tiny.train({**values, "evaluation": fewer}, resume=True)
     assert "holds no complete checkpoint; the run starts anew" in capsys.readouterr().err
     assert (folder / "checkpoint-4.incomplete").is_dir()
     assert read_marker(folder / "checkpoint-4") is not None
