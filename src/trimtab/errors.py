@@ -21,7 +21,7 @@ class IncompatibleState(UserError):
 def nearest(name: str, options: Iterable[str]) -> str | None:
     """Return the option closest to ``name``, or None when nothing is close.
 
-    Example:
+    Examples:
         >>> nearest("merge_wieght", ["merge_weight", "merge_every"])
         'merge_weight'
     """
@@ -32,7 +32,7 @@ def nearest(name: str, options: Iterable[str]) -> str | None:
 def unknown(what: str, name: str, options: Iterable[str], where: str = "") -> UserError:
     """Build the error for a name that is not one of ``options``, with the near miss when there is one.
 
-    Example:
+    Examples:
         >>> print(unknown("consensus", "sgn", ["linear", "sign"]))
         unknown consensus 'sgn'; did you mean 'sign'? Known: linear, sign
     """

@@ -163,7 +163,7 @@ def canonical(row: Row) -> bytes:
         Dropped: ``broken_unicode``, if a text holds half of a surrogate pair, which neither Arrow nor a
             tokenizer takes.
 
-    Example:
+    Examples:
         >>> canonical({"text": "é"})
         b'{"text":"\xc3\xa9"}'
     """

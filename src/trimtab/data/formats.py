@@ -165,7 +165,7 @@ def detect(row: Row, method: str, format: str = "auto") -> Layout:
         BadRow: if no layout fits: the columns there are, the columns needed, and the near miss.
         UserError: if the format or the method is unknown.
 
-    Example:
+    Examples:
         >>> detect({"instruction": "Count.", "input": "", "output": "1 2 3"}, "sft").format
         'alpaca'
     """

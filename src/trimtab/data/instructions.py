@@ -67,7 +67,7 @@ def reshaped(row: Row, columns: tuple[str, ...]) -> Row:
     Raises:
         BadRow: if there is no way from this row to these columns.
 
-    Example:
+    Examples:
         >>> reshaped({"prompt": "1 + 1 =", "completion": " 2"}, ("text",))
         {'text': '1 + 1 = 2'}
     """

@@ -46,7 +46,7 @@ class Source(Protocol):
 def suffix_of(path: Path) -> str | None:
     """Return the suffix that says how a file is read, ``.gz`` left off, or None if it is not read at all.
 
-    Example:
+    Examples:
         >>> suffix_of(Path("train.jsonl.gz")), suffix_of(Path("README.md"))
         ('.jsonl', None)
     """
@@ -64,7 +64,7 @@ def is_saved_dataset(path: Path) -> bool:
 def is_hub_id(path: str) -> bool:
     """Return whether a name that is no file can be a dataset's name on the hub.
 
-    Example:
+    Examples:
         >>> is_hub_id("Anthropic/hh-rlhf"), is_hub_id("data/train.jsonl"), is_hub_id("./data")
         (True, False, False)
     """
@@ -150,7 +150,7 @@ def choose_split(names: Iterable[str], part: str, where: str) -> str:
     Raises:
         UserError: if there is none that fits.
 
-    Example:
+    Examples:
         >>> choose_split(["train", "test"], "eval", "org/name")
         'test'
     """

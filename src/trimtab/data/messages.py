@@ -68,7 +68,7 @@ def conversation(value: Any, column: str) -> list[Message]:
     Raises:
         BadRow: if it is neither, or a message has no role, an unknown role, or content that is not text.
 
-    Example:
+    Examples:
         >>> conversation([{"from": "human", "value": "hi"}], "conversations")
         [{'role': 'user', 'content': 'hi'}]
     """
@@ -174,7 +174,7 @@ def tool_schemas(value: Any) -> str | None:
     Raises:
         BadRow: if they are not a list of objects, or text that is not the JSON of one.
 
-    Example:
+    Examples:
         >>> tool_schemas('[{"name": "now", "parameters": {}}]')
         '[{"type": "function", "function": {"name": "now", "parameters": {}}}]'
         >>> tool_schemas("[]") is None

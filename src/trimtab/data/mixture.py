@@ -25,7 +25,7 @@ T = TypeVar("T")
 def keyed(seed: int, *place: int) -> float:
     """Return a number in [0, 1) that depends on the seed and the place alone.
 
-    Example:
+    Examples:
         >>> keyed(0, 1) == keyed(0, 1), 0 <= keyed(0, 2) < 1
         (True, True)
     """
@@ -39,7 +39,7 @@ def rows_of(kept: int, weight: float) -> int:
 
     The weight is taken as the decimal that was written, so that 0.1 × 5 is one half.
 
-    Example:
+    Examples:
         >>> rows_of(10, 0.5), rows_of(10, 2.5), rows_of(5, 0.1), rows_of(100, 0.001)
         (5, 25, 1, 1)
     """
@@ -56,7 +56,7 @@ def passes(kept: int, weight: float, seed: int, source: int) -> list[int]:
         seed: which part.
         source: its place among the sources.
 
-    Example:
+    Examples:
         >>> passes(3, 2.0, 0, 0)
         [0, 1, 2, 0, 1, 2]
     """
@@ -76,7 +76,7 @@ def interleave(counts: Sequence[int], seed: int) -> list[tuple[int, int]]:
         counts: items per source.
         seed: for the draw of u.
 
-    Example:
+    Examples:
         >>> [source for source, _ in interleave([4, 2], seed=0)].count(0)
         4
     """
@@ -97,7 +97,7 @@ def mix(kept: Sequence[int], weights: Sequence[float], seed: int) -> list[int]:
         weights: passes per source.
         seed: for the fractions and the interleaving.
 
-    Example:
+    Examples:
         >>> mix([3], [1.0], seed=7)
         [0, 1, 2]
     """

@@ -41,7 +41,7 @@ class BadRow(ValueError):
 def describe(value: Any) -> str:
     """Return what a value is, in a user's words and short enough for a sentence.
 
-    Example:
+    Examples:
         >>> describe(3), describe(None), describe({"a": 1}), describe([1, 2])
         ('the number 3', 'null', "an object with 'a'", 'a list of numbers')
     """
@@ -72,7 +72,7 @@ def _kinds(value: Any) -> str:
 def quoted(names: Any) -> str:
     """Return names as a user reads them.
 
-    Example:
+    Examples:
         >>> quoted(["prompt", "chosen"])
         "'prompt', 'chosen'"
     """

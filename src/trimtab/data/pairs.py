@@ -104,7 +104,7 @@ def split_messages(chosen: list[Message], rejected: list[Message]) -> Row:
     Raises:
         Dropped: ``prompts_differ``, if one of them goes on with a user's turn after they part.
 
-    Example:
+    Examples:
         >>> split_messages([user("hi"), assistant("yes")], [user("hi"), assistant("no")])["chosen"]
         [{'role': 'assistant', 'content': 'yes'}]
     """
@@ -123,7 +123,7 @@ def split_text(chosen: str, rejected: str) -> Row:
     TRL cuts at the letter where they part, which can be in the middle of a word; the texts as a whole are
     equal.
 
-    Example:
+    Examples:
         >>> split_text("The sky is green.", "The sky is grey.")
         {'prompt': 'The sky is', 'chosen': ' green.', 'rejected': ' grey.'}
     """
@@ -182,7 +182,7 @@ def sharegpt_messages(row: Row) -> list[Message]:
 def alpaca_prompt(row: Row) -> list[Message]:
     r"""Return an alpaca row's prompt as LLaMA-Factory builds it: system, history, instruction and input.
 
-    Example:
+    Examples:
         >>> alpaca_prompt({"instruction": "Translate.", "input": "Bonjour", "history": [["hi", "hello"]]})[-1]
         {'role': 'user', 'content': 'Translate.\nBonjour'}
     """

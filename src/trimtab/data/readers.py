@@ -38,7 +38,7 @@ class Record(NamedTuple):
     def place(self) -> str:
         """The place as an error names it.
 
-        Example:
+        Examples:
             >>> Record({}, "a.jsonl", 17, True).place, Record({}, "a.parquet", 17, False).place
             ('a.jsonl:17', 'a.parquet, row 17')
         """
@@ -200,7 +200,7 @@ def _parquet(path: Path) -> Iterator[Record]:
 def without_nulls(row: Row) -> Row:
     """Return an Arrow row without the nulls inside its columns: keys that only other rows have.
 
-    Example:
+    Examples:
         >>> without_nulls({"messages": [{"role": "user", "name": None}], "system": None})
         {'messages': [{'role': 'user'}], 'system': None}
     """

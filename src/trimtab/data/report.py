@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 class Lengths:
     """The token lengths of the rows that were measured, kept as a histogram so that a stream fits in memory.
 
-    Example:
+    Examples:
         >>> lengths = Lengths()
         >>> for length in (3, 1, 2, 2): lengths.add(length)
         >>> lengths.percentile(50), lengths.percentile(100)
@@ -205,7 +205,7 @@ class DataReport:
     def summary(self) -> str:
         """Return one line: rows read and kept, and why the others were not.
 
-        Example:
+        Examples:
             >>> source = SourceReport("pairs.jsonl", read=5, kept=4, dropped=Counter(tie=1))
             >>> DataReport("train", "dpo", (), True, 128, "drop", False, [source]).summary()
             'train: 4 of 5 rows kept; dropped 1 (all scores are equal)'

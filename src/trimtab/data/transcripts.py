@@ -16,7 +16,7 @@ _ROLES = {"Human": "user", "Assistant": "assistant"}
 def is_transcript(value: Any) -> bool:
     r"""Return whether a value is text that starts as a transcript does.
 
-    Example:
+    Examples:
         >>> is_transcript("\n\nHuman: hi\n\nAssistant: hello"), is_transcript("Humans are apes.")
         (True, False)
     """
@@ -32,7 +32,7 @@ def turns(text: str) -> list[Message]:
     Raises:
         Dropped: ``malformed``, if the text does not start with a Human turn.
 
-    Example:
+    Examples:
         >>> turns("\n\nHuman: hi\n\nAssistant: hello\n\nAssistant: there")
         [{'role': 'user', 'content': 'hi'}, {'role': 'assistant', 'content': 'hello\n\nthere'}]
     """
@@ -51,7 +51,7 @@ def turns(text: str) -> list[Message]:
 def opening(text: str) -> list[Message]:
     r"""Return the messages of a transcript that ends with an open Assistant turn: a prompt.
 
-    Example:
+    Examples:
         >>> opening("\n\nHuman: hi\n\nAssistant:")
         [{'role': 'user', 'content': 'hi'}]
     """

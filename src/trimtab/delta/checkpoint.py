@@ -45,7 +45,7 @@ class Checkpoint:
     Raises:
         UserError: a file is missing, truncated or no safetensors file, or a key occurs twice.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> from safetensors.torch import save_file
         >>> folder = tempfile.mkdtemp()

@@ -28,7 +28,7 @@ def live_parameters(model: nn.Module) -> tuple[dict[str, nn.Parameter], bool]:
     Raises:
         UserError: two parameters have the same canonical name.
 
-    Example:
+    Examples:
         >>> live_parameters(nn.Sequential(nn.Linear(1, 1)))[0].keys()
         dict_keys(['0.weight', '0.bias'])
     """
@@ -51,7 +51,7 @@ def live_parameters(model: nn.Module) -> tuple[dict[str, nn.Parameter], bool]:
 def unwrapped(model: nn.Module) -> nn.Module:
     """Return the model inside ``torch.compile`` and DDP.
 
-    Example:
+    Examples:
         >>> inner = nn.Linear(1, 1)
         >>> unwrapped(nn.DataParallel(inner)) is inner
         True
@@ -80,7 +80,7 @@ def vocabulary_names(model: nn.Module) -> frozenset[str]:
 def adapter_settings(configuration: dict[str, object]) -> dict[str, str]:
     """The settings of a PEFT configuration that decide what its weights mean.
 
-    Example:
+    Examples:
         >>> adapter_settings({"r": 8, "lora_alpha": 16, "revision": None})
         {'r': '8', 'lora_alpha': '16'}
     """

@@ -18,7 +18,7 @@ class Problems:
         extra: there and not expected.
         mismatched: there, with another shape; each entry says which.
 
-    Example:
+    Examples:
         >>> print(Problems(missing=["a", "b"], mismatched=["c (2 × 2, expected 2 × 3)"]).summary())
         2 missing (a, b); 1 mismatched (c (2 × 2, expected 2 × 3))
     """
@@ -44,7 +44,7 @@ class Problems:
 def first_few(names: list[str]) -> str:
     """Join the first names, and say that there are more.
 
-    Example:
+    Examples:
         >>> first_few(["a", "b", "c", "d", "e"])
         'a, b, c, d, …'
     """
@@ -54,7 +54,7 @@ def first_few(names: list[str]) -> str:
 def first_line(error: BaseException) -> str:
     """What a foreign error says, in one line.
 
-    Example:
+    Examples:
         >>> first_line(KeyError()), first_line(ValueError("it is: "))
         ('KeyError', 'it is')
     """
@@ -64,7 +64,7 @@ def first_line(error: BaseException) -> str:
 def shape_text(shape: tuple[int, ...]) -> str:
     """Write a shape.
 
-    Example:
+    Examples:
         >>> shape_text((2, 3)), shape_text(())
         ('2 × 3', 'scalar')
     """

@@ -171,7 +171,7 @@ def reference_hash(record: TensorRecord, dtype: torch.dtype) -> tuple[torch.dtyp
 def totals(statistics: Iterable[TensorStatistics]) -> TensorStatistics:
     """Statistics over all parameters, as if they were one vector.
 
-    Example:
+    Examples:
         >>> one = TensorStatistics(3.0, 1.5, 0.5, 2, "float32", (2,), 6.0)
         >>> two = TensorStatistics(4.0, 4.0, 0.0, 1, "float32", (1,), 8.0)
         >>> total = totals([one, two])
@@ -194,7 +194,7 @@ def totals(statistics: Iterable[TensorStatistics]) -> TensorStatistics:
 def dtype_name(dtype: torch.dtype) -> str:
     """A dtype's name without ``torch.``.
 
-    Example:
+    Examples:
         >>> dtype_name(torch.bfloat16)
         'bfloat16'
     """

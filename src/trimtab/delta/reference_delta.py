@@ -51,7 +51,7 @@ class ReferenceDelta:
     fingerprints, hashes and statistics take one pass over both models, made on first use and remembered.
     It does not change, so copies of it are itself.
 
-    Example:
+    Examples:
         >>> base, reference = torch.nn.Linear(2, 1), torch.nn.Linear(2, 1)
         >>> _ = base.weight.data.fill_(1.0), reference.weight.data.fill_(1.5)
         >>> delta = ReferenceDelta.between(reference=reference, base=base)

@@ -58,7 +58,7 @@ class SafetensorsWriter:
         path: the file; it is written in place, so give a temporary name.
         specs: what will be written, in any order.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> from safetensors.torch import load_file
         >>> path = tempfile.mkdtemp() + "/x.safetensors"

@@ -21,7 +21,7 @@ class Interval:
     def excludes(self, value: float) -> bool:
         """Whether ``value`` lies outside the interval.
 
-        Example:
+        Examples:
             >>> Interval(0.2, 0.1, 0.3).excludes(0)
             True
         """
@@ -45,7 +45,7 @@ def wilson(successes: int, trials: int, confidence: float = 0.95) -> Interval:
     Raises:
         ValueError: when the counts or the confidence are out of range.
 
-    Example:
+    Examples:
         >>> found = wilson(8, 10)
         >>> f"{found.estimate:.2f} [{found.low:.2f}, {found.high:.2f}]"
         '0.80 [0.49, 0.94]'
@@ -89,7 +89,7 @@ def paired_bootstrap(
     Raises:
         ValueError: when the sequences are empty or differ in length, or a weight is not positive.
 
-    Example:
+    Examples:
         >>> paired_bootstrap([0, 0, 1, 0], [1, 1, 1, 1]).estimate
         0.75
     """

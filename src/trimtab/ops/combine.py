@@ -116,7 +116,7 @@ def merge(
     Offline, classic: the anchor is θ_b and δᵢ = θᵢ − θ_b. Offline as step-K reaches it: the anchor is θ_r, δ₁
     = θ − θ_r and δ₂ = τ = θ_r − θ_b. Online, the anchor is θ after the last merge.
 
-    Example:
+    Examples:
         >>> import torch
         >>> mean = Operator(consensus="linear")
         >>> models = [torch.ones(2), torch.full((2,), 3.0)]

@@ -61,7 +61,7 @@ def consensus(
     Returns:
         A tensor like the terms.
 
-    Example:
+    Examples:
         >>> x, y = torch.tensor([1.0, -1.0, 1.0]), torch.tensor([2.0, 3.0, -1.0])
         >>> consensus([x, y], [1.0, 1.0], "linear").tolist()
         [3.0, 2.0, 0.0]

@@ -27,7 +27,7 @@ def content_hash(x: Tensor, *, offset: int = 0) -> int:
         x: tensor of any shape and dtype of 1, 2, 4 or 8 bytes.
         offset: index of its first entry in the unsharded tensor.
 
-    Example:
+    Examples:
         >>> x = torch.arange(6.0)
         >>> (content_hash(x[:2]) + content_hash(x[2:], offset=2)) % 2**64 == content_hash(x)
         True

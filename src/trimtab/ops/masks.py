@@ -135,7 +135,7 @@ def bernoulli_mask(
     Returns:
         bool tensor of ``shape``.
 
-    Example:
+    Examples:
         >>> key = MaskKey(seed=0, stream=UPDATE, step=1, name="lm_head.weight")
         >>> whole = bernoulli_mask((4, 6), 0.5, key)
         >>> bool((bernoulli_mask((2, 6), 0.5, key, offset=12) == whole[2:]).all())

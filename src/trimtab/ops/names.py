@@ -23,7 +23,7 @@ def canonical_name(name: str) -> str:
     Args:
         name: a key of ``named_parameters()``.
 
-    Example:
+    Examples:
         >>> canonical_name("module._orig_mod.model.layers.0._checkpoint_wrapped_module.mlp.up_proj.weight")
         'model.layers.0.mlp.up_proj.weight'
         >>> canonical_name("base_model.model.model.layers.0.q_proj.lora_A.default.weight")

@@ -27,7 +27,7 @@ def split_master(master: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     Returns:
         (weight in ``dtype``, residual).
 
-    Example:
+    Examples:
         >>> master = torch.tensor([0.1, -3.3e-5, float("inf")])
         >>> weight, residual = split_master(master, torch.bfloat16)
         >>> bool((join_master(weight, residual) == master).all()), residual.dtype

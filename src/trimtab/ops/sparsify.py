@@ -26,7 +26,7 @@ def top_count(n: int, p: float, counting: Counting = "ceil") -> int:
     ``floor``: k = int(p·n) in floating point, and all n when that is 0, as the released code of arXiv
     2405.17931 does.
 
-    Example:
+    Examples:
         >>> top_count(100, 0.07), top_count(1000, 5e-4), top_count(1000, 5e-4, "floor"), top_count(0, 0.5)
         (7, 1, 1000, 0)
     """
@@ -48,7 +48,7 @@ def top_mask(x: Tensor, k: int) -> Tensor:
     Returns:
         bool tensor of x's shape.
 
-    Example:
+    Examples:
         >>> top_mask(torch.tensor([1.0, -3.0, 3.0, 2.0]), 1).tolist()
         [False, True, False, False]
     """

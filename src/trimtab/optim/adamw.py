@@ -312,7 +312,7 @@ class OnDARE(OnlineMergingAdamW):
     Raises:
         UserError: an argument out of range, parameters without names or without delta.
 
-    Example:
+    Examples:
         >>> import torch, trimtab
         >>> base, reference = torch.nn.Linear(4, 2), torch.nn.Linear(4, 2)
         >>> delta = trimtab.ReferenceDelta.between(reference=reference, base=base)
@@ -333,7 +333,7 @@ class OnTIES(OnlineMergingAdamW):
     F keeps the ⌈p·n⌉ entries of largest magnitude of each tensor; ⊕ elects, entry by entry, the sign of the
     weighted sum and adds only the terms that have it. Arguments as for :class:`OnDARE`.
 
-    Example:
+    Examples:
         >>> import torch, trimtab
         >>> base, reference = torch.nn.Linear(4, 2), torch.nn.Linear(4, 2)
         >>> delta = trimtab.ReferenceDelta.between(reference=reference, base=base)

@@ -164,7 +164,7 @@ def schedule(
     Raises:
         UserError: unknown key, no online merging optimizer, or a value out of range.
 
-    Example:
+    Examples:
         >>> import trimtab
         >>> # α warms up over 100 steps:
         >>> # trimtab.schedule(opt, "merge_weight", lambda t: 1e-7 * min(1, t / 100))

@@ -69,7 +69,7 @@ class OnlineMerging(MergingShell):
     Raises:
         UserError: an argument out of range, parameters without names or without delta.
 
-    Example:
+    Examples:
         >>> import torch, trimtab
         >>> base, reference = torch.nn.Linear(4, 2), torch.nn.Linear(4, 2)
         >>> delta = trimtab.ReferenceDelta.between(reference=reference, base=base)

@@ -68,7 +68,7 @@ def recipe_differences(before: Recipe, after: Recipe) -> list[Difference]:
         before: the recipe the run was started with.
         after: the recipe it is to be resumed with.
 
-    Example:
+    Examples:
         >>> from trimtab.recipe.loading import make_recipe
         >>> values = {"method": "sft", "model": "org/model", "data": {"train": "org/rows"}, "output": "out"}
         >>> other = {**values, "optimizer": {"lr": 1e-3}, "training": {"logging_steps": 5}}

@@ -51,7 +51,7 @@ def load_recipe(
 def make_recipe(values: dict[str, Any], *, config_class: ConfigClass | None = None) -> Recipe:
     """Check a recipe given as plain values, as :func:`load_recipe` checks one from a file.
 
-    Example:
+    Examples:
         >>> values = {"method": "sft", "model": "org/model", "data": {"train": "org/rows"}, "output": "out"}
         >>> recipe = make_recipe(values)
         >>> recipe.loss.packing, make_recipe(recipe.resolved()) == recipe

@@ -19,7 +19,7 @@ def local_path(text: str) -> Path | None:
 
     Local is what starts with ``.``, ``/`` or ``~``, what ends as a data file does, and what exists.
 
-    Example:
+    Examples:
         >>> local_path("org/name") is None, local_path("./model").name, local_path("org/pairs.jsonl").name
         (True, 'model', 'pairs.jsonl')
     """

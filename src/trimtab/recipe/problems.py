@@ -65,7 +65,7 @@ class Places:
 def dotted(key: Iterable[str | int]) -> str:
     """Return the key as overrides write it.
 
-    Example:
+    Examples:
         >>> dotted(("data", "train", 0))
         'data.train.0'
     """

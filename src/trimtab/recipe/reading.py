@@ -92,7 +92,7 @@ def lay_over(values: dict[str, Any], places: Written, overrides: Iterable[str]) 
     Raises:
         UserError: if an override is not ``key=value``, or its key goes through something that has no keys.
 
-    Example:
+    Examples:
         >>> lay_over({"loss": {"beta": 0.1}}, {}, ["loss.beta=0.5", "seed=1"])
         {'loss': {'beta': 0.5}, 'seed': 1}
     """

@@ -23,7 +23,7 @@ from trimtab.recipe.values import NonNegativeCount, Text
 class Recipe(Section):
     """What every method's recipe has; one subclass per method narrows it.
 
-    Example:
+    Examples:
         >>> recipe = DPORecipe.model_validate(
         ...     {"method": "dpo", "model": "org/sft", "data": {"train": "org/pairs"}, "output": "runs/a"}
         ... )

@@ -254,7 +254,7 @@ class Schedule(Section):
 
         With ``end`` = 0 these are the schedules of the same names in transformers.
 
-        Example:
+        Examples:
             >>> [Schedule(type="linear", warmup_steps=2).factor(step, 6) for step in range(7)]
             [0.0, 0.5, 1.0, 0.75, 0.5, 0.25, 0.0]
         """

@@ -85,7 +85,7 @@ def cast_training_arguments(
     Raises:
         UserError: naming every unknown, owned or mistyped field.
 
-    Example:
+    Examples:
         >>> @dataclasses.dataclass
         ... class Config:
         ...     max_grad_norm: float = 1.0

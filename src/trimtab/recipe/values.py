@@ -18,7 +18,7 @@ from pydantic_core import PydanticCustomError
 def as_number(value: Any) -> float:
     """Return ``value`` as a finite float; text that spells a number counts, a boolean does not.
 
-    Example:
+    Examples:
         >>> as_number("1e-6")
         1e-06
     """
@@ -37,7 +37,7 @@ def as_number(value: Any) -> float:
 def as_count(value: Any) -> int:
     """Return ``value`` as an int when it is a whole number; ``"1e3"`` and ``8.0`` count, a boolean does not.
 
-    Example:
+    Examples:
         >>> as_count("1e3")
         1000
     """
@@ -103,7 +103,7 @@ def _refused(what: str, value: Any) -> PydanticCustomError:
 def spelled(value: Any) -> str:
     """Return ``value`` as a short piece of YAML, for use in a sentence.
 
-    Example:
+    Examples:
         >>> spelled(True), spelled(None), spelled("yes")
         ('true', 'null', "'yes'")
     """

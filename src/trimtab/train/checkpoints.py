@@ -53,7 +53,7 @@ def checkpoint_folders(run: Path) -> dict[int, Path]:
 def last_complete(run: Path) -> Path | None:
     """Return the complete checkpoint with the most steps, or None.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> run = Path(tempfile.mkdtemp())
         >>> for step in (2, 10, 30):

@@ -20,7 +20,7 @@ class Drift:
     Args:
         recipe: a checked recipe with an optimizer that merges.
 
-    Example:
+    Examples:
         >>> from trimtab.recipe import make_recipe
         >>> values = {"method": "dpo", "reference": "org/sft", "base": "org/base", "output": "runs/a"}
         >>> optimizer = {"name": "ondare", "merge_weight": 1e-3, "reserve_rate": 0.5, "merge_every": 2}

@@ -56,7 +56,7 @@ def size_table(size: Size, recipe: Recipe) -> Table:
 def gigabytes(count: int) -> str:
     """Spell a number of bytes.
 
-    Example:
+    Examples:
         >>> gigabytes(538_000_000), gigabytes(83_000)
         ('0.54 GB', '0.08 MB')
     """

@@ -48,7 +48,7 @@ def run(
             that is not finite; and for a full disk.
         KeyboardInterrupt: as it came, with a note of how to go on; the last complete checkpoint stays.
 
-    Example:
+    Examples:
         >>> from trimtab.recipe import load_recipe                  # doctest: +SKIP
         >>> run(load_recipe("recipe.yaml", ["optimizer.lr=1e-6"]))  # doctest: +SKIP
         PosixPath('runs/first')

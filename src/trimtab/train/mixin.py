@@ -29,7 +29,7 @@ class OnlineMergingMixin:
         UserError: if the trainer runs under DeepSpeed or FSDP1, which hand flat slices of parameters to the
             optimizer, so that no tensor can be told from another.
 
-    Example:
+    Examples:
         >>> from trl import DPOTrainer                                                   # doctest: +SKIP
         >>> class Trainer(OnlineMergingMixin, DPOTrainer): ...                           # doctest: +SKIP
         >>> plan = OptimizerPlan(lambda groups: OnDARE(groups, delta, reserve_rate=0.01, merge_weight=1e-7))

@@ -155,7 +155,7 @@ def parameter_groups(
     Raises:
         UserError: if a pattern finds no parameter that an earlier pattern has not taken.
 
-    Example:
+    Examples:
         >>> weight, bias = torch.zeros(2, 2), torch.zeros(2)
         >>> made = parameter_groups([("up.weight", weight), ("up.bias", bias)], {"up.weight"}, 0.1)
         >>> [(group["weight_decay"], [name for name, _ in group["params"]]) for group in made]
