@@ -83,9 +83,10 @@ def paragraph(text: str) -> str:
     return f"<p>{escape(text)}</p>"
 
 
-def verdict_box(head: str, sentences: Sequence[str]) -> str:
-    """Return the sentences that matter most, set apart."""
-    return f'<div class="verdict"><b>{escape(head)}</b>{bullets(sentences)}</div>'
+def verdict_box(head: str, sentences: Sequence[str], note: str) -> str:
+    """Return the sentences that matter most, set apart, with a note on how to read them."""
+    note = f'<p class="note">{escape(note)}</p>'
+    return f'<div class="verdict"><b>{escape(head)}</b>{bullets(sentences)}{note}</div>'
 
 
 def cards(items: Sequence[tuple[str, str]]) -> str:

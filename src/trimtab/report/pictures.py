@@ -60,7 +60,7 @@ def trade_picture(
         start = mean_curve(curves)[0]
         axes.plot(start.tax, start.reward, "o", ms=9, color=INK, zorder=5)
         axes.annotate(
-            "reference (SFT)", (start.tax, start.reward), (8, -4), textcoords="offset points", va="top"
+            "reference (SFT)", (start.tax, start.reward), (11, 0), textcoords="offset points", va="center"
         )
         _finish(axes, tax_limit)
         axes.set_xlabel("tax: points of capability lost →")

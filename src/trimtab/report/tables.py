@@ -28,18 +28,20 @@ class Table:
 
 
 def spread_text(spread: Spread | None, decimals: int, seeds: int, sign: bool = False) -> str:
-    """Return ``mean (low to high)``, with the number of seeds where it is not all of them.
+    """Return ``mean (low to high)``; no mean where seeds are missing, for it could not be compared.
 
     Example:
         >>> spread_text(Spread(0.42, 0.401, 0.44, 3), decimals=2, seeds=3)
         '0.42 (0.40 to 0.44)'
+        >>> spread_text(Spread(0.42, 0.401, 0.44, 2), decimals=2, seeds=3)
+        '– (2 of 3 seeds)'
     """
     if spread is None:
         return MISSING
+    if spread.count < seeds:
+        return f"{MISSING} ({spread.count} of {seeds} seeds)"
     mean, low, high = (number(value, decimals, sign) for value in (spread.mean, spread.low, spread.high))
-    some = "" if spread.count == seeds else f"{spread.count} of {seeds} seeds"
-    notes = [f"{low} to {high}"] * (spread.count > 1) + [some] * bool(some)
-    return f"{mean} ({', '.join(notes)})" if notes else mean
+    return f"{mean} ({low} to {high})" if seeds > 1 else mean
 
 
 def number(value: float, decimals: int, sign: bool = False) -> str:
@@ -61,9 +63,9 @@ def equal_tax(curves: Sequence[Curve], taxes: Sequence[float]) -> Table:
         taxes,
         rewards_at_tax,
         title="Reward at equal tax",
-        head=lambda level: f"at {level:g} points of tax",
+        head=lambda level: f"at a tax of {level:g}",
         decimals=3,
-        note="Higher is better. Interpolated along each run's measured points; – where none pays that much.",
+        note="Higher is better. Interpolated between measured models; – where not every seed pays that much.",
     )
 
 
@@ -76,7 +78,7 @@ def equal_reward(curves: Sequence[Curve], rewards: Sequence[float]) -> Table:
         title="Tax at equal reward",
         head=lambda level: f"at a reward of {level:.2f}",
         decimals=1,
-        note="In points of capability; lower is better. – where a method never reaches that reward.",
+        note="In points of capability; lower is better. – where not every seed gets there.",
     )
 
 
@@ -95,7 +97,7 @@ def differences(curves: Sequence[Curve], baseline: str, taxes: Sequence[float]) 
         rows.append(cells)
     return Table(
         f"Difference in reward to {baseline} at equal tax, same seed against same seed",
-        ["method", *(f"at {tax:g} points of tax" for tax in taxes)],
+        ["method", *(f"at a tax of {tax:g}" for tax in taxes)],
         rows,
         "In points (hundredths of reward): mean, and the lowest and highest seed.",
     )

@@ -109,7 +109,7 @@ def headline(curves: Sequence[Curve], question: Question) -> list[str]:
     """Say how the methods under test did at equal tax, against the baseline and against the simple ones."""
     online = [_beside(curves, question, method, [question.baseline]) for method in question.online]
     simple = [_beside(curves, question, method, question.online) for method in question.simple]
-    return [*online, *simple, *_highest(curves, question)]
+    return [_capital(text) for text in (*online, *simple, *_highest(curves, question))]
 
 
 def _highest(curves: Sequence[Curve], question: Question) -> list[str]:
@@ -138,7 +138,7 @@ def _beside(curves: Sequence[Curve], question: Question, method: str, others: Se
         return f"{method} and {names} cannot be compared."
     gaps = [c.gap.mean for level in levels for c in level if c.gap is not None]
     low, high = number(min(gaps), 1, sign=True), number(max(gaps), 1, sign=True)
-    span = f"({low} to {high} points, means over seeds)"
+    span = f"({low} to {high} points)"
     more, less = (sum(all(c.outcome == way for c in level) for level in levels) for way in ("more", "less"))
     if not more and not less:
         return f"{method} against {names}: no clear difference {span}."
@@ -161,7 +161,7 @@ def findings(curves: Sequence[Curve], question: Question) -> list[str]:
         for simple in question.simple
         for online in question.online
     ]
-    return lines
+    return [_capital(line) for line in lines]
 
 
 def counts(curves: Sequence[Curve], question: Question) -> list[str]:
@@ -174,7 +174,7 @@ def counts(curves: Sequence[Curve], question: Question) -> list[str]:
             f"{method}: clearly more reward than {question.baseline} at {more}, clearly less at {less} of "
             f"{of} levels of tax that could be compared ({levels} points)."
         )
-    return lines
+    return [_capital(line) for line in lines]
 
 
 def _the_tax(curves: Sequence[Curve], baseline: str) -> str:
@@ -211,10 +211,15 @@ def _ranking(curves: Sequence[Curve], question: Question) -> str:
         f"At a tax of {question.tax:g} points the mean reward is "
         + ", ".join(f"{means[name]:.3f} ({name})" for name in ranked)
         + f". Two orders of the same data differ by up to {noise} points on one seed: "
-        "smaller gaps mean nothing."
+        "smaller gaps can be chance."
     )
 
 
 def _listed(names: Sequence[str]) -> str:
     """Join names: a, b and c."""
     return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
+def _capital(text: str) -> str:
+    """Begin a sentence with a capital letter, whatever the method's name."""
+    return text[:1].upper() + text[1:]

@@ -68,7 +68,7 @@ def test_a_page_is_self_contained_and_escapes_what_it_is_given():
     text = page.page(
         "A < B",
         "lead & more",
-        page.verdict_box("head", ["<script>"]) + page.cards([("1", "one")]),
+        page.verdict_box("head", ["<script>"], "note & note") + page.cards([("1", "one")]),
         [
             page.Section(
                 "S", page.html_table(table) + page.bullets(["x"]) + page.folded("more", page.paragraph("p"))

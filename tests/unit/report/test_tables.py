@@ -20,7 +20,7 @@ CURVES = [
 def test_equal_tax_gives_mean_range_and_missing_seeds():
     table = equal_tax(CURVES, [2.0, 5.0, 20.0])
     assert table.rows[0] == ["A", "0.350 (0.340 to 0.360)", "0.425 (0.400 to 0.450)", MISSING]
-    assert table.rows[1] == ["B", "0.350 (0.320 to 0.380)", "0.500 (1 of 2 seeds)", MISSING]
+    assert table.rows[1] == ["B", "0.350 (0.320 to 0.380)", "– (1 of 2 seeds)", MISSING]
 
 
 def test_equal_reward_reads_the_tax():
@@ -37,5 +37,6 @@ def test_differences_are_paired_by_seed_and_in_points():
 def test_numbers_have_real_minus_signs_and_no_negative_zero():
     assert number(-3.14159, 2) == "−3.14"
     assert number(-0.001, 2, sign=True) == "0.00"
+    assert spread_text(Spread(1.0, 0.5, 1.5, 3), 1, 3) == "1.0 (0.5 to 1.5)"
     assert spread_text(None, 1, 3) == MISSING
-    assert spread_text(Spread(1.0, 0.5, 1.5, 2), 1, 3) == "1.0 (0.5 to 1.5, 2 of 3 seeds)"
+    assert spread_text(Spread(1.0, 0.5, 1.5, 2), 1, 3) == "– (2 of 3 seeds)"

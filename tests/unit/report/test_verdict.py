@@ -27,9 +27,9 @@ def said(made: list[Curve]) -> str:
 def test_equal_curves_show_no_difference():
     assert compare(curves(), ASKED, "O", "A", 5.0).outcome == "no clear difference"
     assert headline(curves(), ASKED) == [
-        "O against A: no clear difference (0.0 to 0.0 points, means over seeds).",
-        "P against A: no clear difference (0.0 to 0.0 points, means over seeds).",
-        "E against O and P: no clear difference (0.0 to 0.0 points, means over seeds).",
+        "O against A: no clear difference (0.0 to 0.0 points).",
+        "P against A: no clear difference (0.0 to 0.0 points).",
+        "E against O and P: no clear difference (0.0 to 0.0 points).",
         "The highest mean reward is that of A at 3 of 3 levels.",
     ]
 
