@@ -64,7 +64,8 @@ def run(
     console.width = min(console.width, WIDEST)
     console.print(story.opening_words(plan, seeds))
     examples = example_tasks()
-    references, answers = reference_scores(seeds, examples)
+    with console.status("measuring the SFT models"):
+        references, answers = reference_scores(seeds, examples)
     # The AdamW runs carry the riders, so they are the longest: first.
     others = [(method, seed) for seed in seeds for method in TRAINED if method != ADAMW]
     order = [*((ADAMW, seed) for seed in seeds), *others]

@@ -6,8 +6,9 @@ import multiprocessing
 import os
 import queue
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,7 @@ from trimtab.lab.methods import Plan, RunResult, train_run
 from trimtab.lab.world import Task
 
 _POLL = 0.2
+_POSIX = hasattr(signal, "pthread_sigmask")
 _steps: Any = None
 
 
@@ -89,10 +91,9 @@ def _in_processes(jobs: Sequence[Job], progress: Progress, bar: Any, workers: in
     before = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(workers, context, _start_worker, (steps,))
     try:
-        # The children read this when OpenMP is loaded, long before the initializer runs.
-        with _one_thread():
+        with _what_children_inherit():
             futures = [pool.submit(_do, job) for job in jobs]
-            _follow(futures, steps, progress, bar)
+        _follow(futures, steps, progress, bar)
         return [future.result() for future in futures]
     except BaseException:
         pool.shutdown(wait=False, cancel_futures=True)
@@ -103,18 +104,26 @@ def _in_processes(jobs: Sequence[Job], progress: Progress, bar: Any, workers: in
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-class _one_thread:
-    """Set OMP_NUM_THREADS=1 for processes started inside, and put the old value back."""
+@contextmanager
+def _what_children_inherit() -> Iterator[None]:
+    """Let processes started inside have one OpenMP thread and never see Ctrl-C, from their first moment on.
 
-    def __enter__(self) -> None:
-        self._old = os.environ.get("OMP_NUM_THREADS")
-        os.environ["OMP_NUM_THREADS"] = "1"
-
-    def __exit__(self, *_: object) -> None:
-        if self._old is None:
+    A signal handler or a thread count set by the worker itself would come after its imports: seconds in which
+    Ctrl-C prints a traceback of each, and too late for OpenMP.
+    """
+    threads = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = "1"
+    # Blocked, not ignored: here a Ctrl-C of this moment waits until the end, the children keep it blocked.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT}) if _POSIX else None
+    try:
+        yield
+    finally:
+        if mask is not None:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        if threads is None:
             del os.environ["OMP_NUM_THREADS"]
         else:
-            os.environ["OMP_NUM_THREADS"] = self._old
+            os.environ["OMP_NUM_THREADS"] = threads
 
 
 def _follow(futures: Sequence[Future[RunResult]], steps: Any, progress: Progress, bar: Any) -> None:
@@ -134,7 +143,6 @@ def _follow(futures: Sequence[Future[RunResult]], steps: Any, progress: Progress
 def _start_worker(steps: Any) -> None:
     global _steps
     _steps = steps
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     torch.set_num_threads(1)
 
 
