@@ -52,7 +52,7 @@ def trade_picture(
         tax_limit: Where the tax axis ends; default the largest mean tax.
     """
     with rc_context(_SETTINGS):
-        figure = Figure(figsize=(8.4, 4.7), layout="constrained")
+        figure = _figure(4.7)
         axes = figure.add_subplot()
         for method, own in by_method(curves).items():
             if method in looks:
@@ -78,7 +78,7 @@ def seeds_picture(
     with rc_context(_SETTINGS):
         columns = 2 if len(methods) in (2, 4) else min(3, len(methods))
         rows = -(-len(methods) // columns)
-        figure = Figure(figsize=(8.4, 0.5 + 2.7 * rows), layout="constrained")
+        figure = _figure(0.5 + 2.7 * rows)
         panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
         for panel, method in zip(panels.flat, methods, strict=False):
             _draw_panel(panel, groups[method], groups[baseline], looks[method], baseline, tax_limit)
@@ -91,6 +91,12 @@ def seeds_picture(
         return _svg(figure)
 
 
+def _figure(height: float) -> Figure:
+    figure = Figure(figsize=(8.4, height), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
+    return figure
+
+
 def _draw_mean(axes: Axes, curves: Sequence[Curve], look: Look, label: str | None) -> None:
     points = mean_curve(curves)
     axes.plot(
@@ -101,6 +107,7 @@ def _draw_mean(axes: Axes, curves: Sequence[Curve], look: Look, label: str | Non
         ms=5,
         lw=2,
         ls="--" if look.dashed else "-",
+        zorder=4 if look.dashed else 3,  # a dashed line lets what it covers show
         label=label,
     )
 
