@@ -12,6 +12,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from trimtab.report.curves import Curve, by_method, mean_curve, rewards_at_tax
 
@@ -92,9 +93,7 @@ def seeds_picture(
 
 
 def _figure(height: float) -> Figure:
-    figure = Figure(figsize=(8.4, height), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
-    return figure
+    return Figure(figsize=(8.4, height), layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12))
 
 
 def _draw_mean(axes: Axes, curves: Sequence[Curve], look: Look, label: str | None) -> None:

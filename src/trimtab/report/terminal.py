@@ -102,8 +102,8 @@ def reward_tax_picture(lines: Sequence[Line], width: int = 68, height: int = 16)
 
     for line in lines:
         spots = [place(point) for point in line.points]
-        for start, end in pairwise(spots):
-            canvas.line(*start, *end, line.colour)
+        for (x0, y0), (x1, y1) in pairwise(spots):
+            canvas.line(x0, y0, x1, y1, line.colour)
     for line in lines:
         for point in line.points[1:]:
             canvas.letter(*place(point), line.marker, line.colour)
