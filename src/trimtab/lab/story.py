@@ -326,9 +326,10 @@ def _settings(results: dict[str, Any], plan: Plan) -> Table:
         [REPEAT, "AdamW once more, pairs in another order: how much luck is in one run", "0"],
     ]
     note = (
-        "Drift is what the merged reference delta α·F(τ) adds up to over the run, in units of τ = SFT − base: "
-        "it is no force back to the start, it accumulates. Learning rates, p and α come from experiments in an "
-        "earlier version of this world; the difficulty of this one was settled on runs of AdamW."
+        "Drift is what the merged reference delta α·F(τ) adds up to over the run, in units of τ = SFT − "
+        "base: it is no force back to the start, it accumulates. Learning rates, p and α come from "
+        "experiments in an earlier version of this world; the difficulty of this one was settled on runs "
+        "of AdamW."
     )
     return Table("Settings", ["method", "how", "drift"], rows, note)
 
@@ -344,7 +345,7 @@ def _limits_section(results: dict[str, Any]) -> str:
             "run shows: it differs from the first in nothing but the order of the data.",
             "One setting per method. Another p, α, learning rate or β moves a method along its line, and "
             "may move the line.",
-            "At equal steps, whatever merely takes smaller steps looks cheaper; that is why everything here is "
-            "compared at equal tax. Stopping earlier is itself a method, and often a good one.",
+            "At equal steps, whatever merely takes smaller steps looks cheaper; that is why everything "
+            "here is compared at equal tax. Stopping earlier is itself a method, and often a good one.",
         ]
     )
