@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import yaml
 from rich.console import Console
 from rich.syntax import Syntax
@@ -29,8 +31,11 @@ def describe(recipe: Recipe, console: Console | None = None) -> Size:
         size = measure(parts)
     if is_first_process():
         console = console or Console()
-        text = yaml.safe_dump(recipe.resolved(), sort_keys=False, allow_unicode=True)
-        console.print(Syntax(text, "yaml", background_color="default") if console.is_terminal else text)
+        text = yaml.safe_dump(recipe.resolved(), sort_keys=False, allow_unicode=True, width=math.inf)
+        if console.is_terminal:
+            console.print(Syntax(text, "yaml", background_color="default", word_wrap=True))
+        else:  # as it is: a wrapped line would not be YAML any more
+            console.print(text, soft_wrap=True, markup=False, highlight=False)
         for data in (parts.data, parts.held_out_data):
             if data is not None:
                 console.print(data.report.table())
