@@ -3,9 +3,12 @@
 The same training therefore draws the same masks on one process or eight, sharded or not, after a resume, on
 CPU and GPU.
 
-The generator. For each parameter, step and *pair* of streams, BLAKE2b of (seed, step, pair, index >> 32,
-canonical name) gives four 32-bit keys k0..k3. Entry i (row-major index in the unsharded tensor, low 32 bits)
-has two words, ``coarse = h(i; k0, k1)`` and ``fine = h(i; k2, k3)``, with the 32-bit integer hash
+The generator. For each parameter and *pair* of streams, BLAKE2b of (seed, pair, index >> 32, canonical name)
+gives two 64-bit lanes a and b, once. At each step, with splitmix64's finalizer f, f(a + step·φ) and f(b + step·φ),
+φ = 0x9e3779b97f4a7c15, give four 32-bit keys: k0 and k1 are the low and the high half of the first, k2 and k3 of
+the second (so that a GPU, or a captured graph, can advance the keys from a step that lies on the device). Entry i
+(row-major index in the unsharded tensor, low 32 bits) has two words, ``coarse = h(i; k0, k1)`` and
+``fine = h(i; k2, k3)``, with the 32-bit integer hash
 
     x = i + k0;  x ^= x >> 16;  x *= 0x7feb352d;  x ^= x >> 15;
     x ^= k1;     x *= 0x846ca68b;  x ^= x >> 16        (all mod 2^32).
@@ -22,6 +25,7 @@ import hashlib
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from math import prod
 
 import torch
@@ -32,11 +36,15 @@ from trimtab.ops.names import canonical_name
 UPDATE = 0
 """Stream of the mask on the update Δ. Stream i ≥ 1 is that of the i-th delta."""
 DELTA = 1
+FIRST_MOMENT = 60
+SECOND_MOMENT = 61
 GRADIENT = 62
 ROUNDING = 63
 
 _MULTIPLIER_1 = 0x7FEB352D
 _MULTIPLIER_2 = 0x846CA68B
+_STEP = 0x9E3779B97F4A7C15
+_ALL, _LOW = (1 << 64) - 1, (1 << 32) - 1
 _CHUNK = 1 << 18  # entries hashed at a time: the temporaries stay in cache
 
 
@@ -66,13 +74,29 @@ class MaskKey:
             raise ValueError(f"step must be in [0, 2**64), got {self.step}")
         object.__setattr__(self, "_canonical", canonical_name(self.name))
 
+    def lanes(self, high: int = 0) -> tuple[int, int]:
+        """The two 64-bit lanes from which the keys of every step follow."""
+        return _lanes(self.seed, self.stream // 2, high, self._canonical)
+
     def words(self, high: int = 0) -> tuple[int, int, int, int]:
         """The four 32-bit keys for the indices whose bits above the 32nd are ``high``."""
-        message = (
-            struct.pack("<QQQQ", self.seed, self.step, self.stream // 2, high) + self._canonical.encode()
-        )
-        digest = hashlib.blake2b(message, digest_size=16, person=b"trimtab mask").digest()
-        return struct.unpack("<4I", digest)
+        one, other = (_finalized(lane + self.step * _STEP) for lane in self.lanes(high))
+        return one & _LOW, one >> 32, other & _LOW, other >> 32
+
+
+@lru_cache(maxsize=1 << 16)
+def _lanes(seed: int, pair: int, high: int, canonical: str) -> tuple[int, int]:
+    message = struct.pack("<QQQ", seed, pair, high) + canonical.encode()
+    digest = hashlib.blake2b(message, digest_size=16, person=b"trimtab mask").digest()
+    return struct.unpack("<2Q", digest)
+
+
+def _finalized(x: int) -> int:
+    """The finalizer of splitmix64: a bijection of 64 bits, every bit of the result on every bit of x."""
+    x &= _ALL
+    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 & _ALL
+    x = (x ^ x >> 27) * 0x94D049BB133111EB & _ALL
+    return x ^ x >> 31
 
 
 def hash32(index: Tensor, key0: int, key1: int) -> Tensor:
