@@ -9,7 +9,7 @@ from torch import Tensor
 
 from trimtab.ops.consensus import Consensus, agreeing_terms, consensus
 from trimtab.ops.masks import MaskKey
-from trimtab.ops.sparsify import Counting, Rescale, Sparsifier, sparsify
+from trimtab.ops.sparsify import Counting, Rescale, Sparsifier, check_kind, thin, thinning
 
 
 @dataclass(frozen=True)
@@ -31,18 +31,11 @@ class Operator:
     counting: Counting = "ceil"
 
     def __post_init__(self) -> None:
-        if self.sparsify not in ("none", "bernoulli", "top"):
-            raise ValueError(f"unknown sparsifier {self.sparsify!r}; known: none, bernoulli, top")
-        if self.rescale not in ("none", "expected", "l1"):
-            raise ValueError(f"unknown rescale {self.rescale!r}; known: none, expected, l1")
+        check_kind(self.sparsify, self.rescale, 1.0)
         if self.consensus not in ("linear", "sign", "sign_unweighted"):
             raise ValueError(f"unknown consensus {self.consensus!r}; known: linear, sign, sign_unweighted")
         if self.counting not in ("ceil", "floor"):
             raise ValueError(f"unknown counting {self.counting!r}; known: ceil, floor")
-        if self.rescale == "expected" and self.sparsify == "top":
-            raise ValueError(
-                "rescale 'expected' is defined for 'bernoulli' only; use 'none' or 'l1' with 'top'"
-            )
 
     def is_identity_on_first(self, weights: Sequence[float], reserve_rate: float) -> bool:
         """Whether the merge is skipped, with δ₁ as its result: weights (1, 0, …) and F the identity.
@@ -63,10 +56,11 @@ def sparse_terms(
     """F(δᵢ; pᵢ) for each delta; pᵢ = 1 passes δᵢ through, which is how a delta that was masked once comes
     in.
     """
-    return [
-        sparsify(delta, operator.sparsify, p, rescale=operator.rescale, key=key, counting=operator.counting)
+    how = [
+        thinning(delta, operator.sparsify, p, rescale=operator.rescale, key=key, counting=operator.counting)
         for delta, p, key in zip(deltas, reserve_rates, keys, strict=True)
     ]
+    return thin(deltas, how)
 
 
 def combine(

@@ -96,7 +96,7 @@ class Layout:
         return tuple(spans)
 
     def runs(self, low: int = 0, high: int | None = None) -> Iterator[tuple[int, int, int]]:
-        """Yield (local index, global index, length) of the unbroken runs in the local range ``low … high−1``."""
+        """Yield (local index, global index, length) of the unbroken runs in ``low … high−1``."""
         high = self.numel if high is None else high
         for span in self.spans():
             at = max(low, span.first)
@@ -106,7 +106,9 @@ class Layout:
                 yield at, span.base + row * span.stride + column, length
                 at += length
 
-    def indices(self, low: int = 0, high: int | None = None, *, device: torch.device | str | None = None) -> Tensor:
+    def indices(
+        self, low: int = 0, high: int | None = None, *, device: torch.device | str | None = None
+    ) -> Tensor:
         """Global row-major indices of the local range ``low … high−1``, as int64."""
         high = self.numel if high is None else high
         if self.is_whole:

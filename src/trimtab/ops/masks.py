@@ -3,12 +3,12 @@
 The same training therefore draws the same masks on one process or eight, sharded or not, after a resume, on
 CPU and GPU.
 
-The generator. For each parameter and *pair* of streams, BLAKE2b of (seed, pair, index >> 32, canonical name)
-gives two 64-bit lanes a and b, once. At each step, with splitmix64's finalizer f, f(a + step·φ) and f(b + step·φ),
-φ = 0x9e3779b97f4a7c15, give four 32-bit keys: k0 and k1 are the low and the high half of the first, k2 and k3 of
-the second (so that a GPU, or a captured graph, can advance the keys from a step that lies on the device). Entry i
-(row-major index in the unsharded tensor, low 32 bits) has two words, ``coarse = h(i; k0, k1)`` and
-``fine = h(i; k2, k3)``, with the 32-bit integer hash
+The generator. For each parameter and *pair* of streams, BLAKE2b of (seed, pair, index >> 32, canonical
+name) gives two 64-bit lanes a and b, once. At each step, with splitmix64's finalizer f and φ =
+0x9e3779b97f4a7c15, f(a + step·φ) and f(b + step·φ) give four 32-bit keys: k0 and k1 are the low and the high
+half of the first, k2 and k3 of the second (so that a GPU, or a captured graph, can advance the keys from a
+step that lies on the device). Entry i (row-major index in the unsharded tensor, low 32 bits) has two words,
+``coarse = h(i; k0, k1)`` and ``fine = h(i; k2, k3)``, with the 32-bit integer hash
 
     x = i + k0;  x ^= x >> 16;  x *= 0x7feb352d;  x ^= x >> 15;
     x ^= k1;     x *= 0x846ca68b;  x ^= x >> 16        (all mod 2^32).
@@ -27,10 +27,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from math import prod
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from trimtab.ops.layout import Layout
 from trimtab.ops.names import canonical_name
 
 UPDATE = 0
@@ -110,7 +112,11 @@ def hash32(index: Tensor, key0: int, key1: int) -> Tensor:
     Returns:
         int32 tensor of the same shape: the hash's bits.
     """
-    x = index + _signed(key0)
+    return _scrambled(index + _signed(key0), key1)
+
+
+def _scrambled(x: Tensor, key1: int) -> Tensor:
+    """The hash after its first key was added; x is written to."""
     x.bitwise_xor_((x >> 16).bitwise_and_(0xFFFF))
     x.mul_(_MULTIPLIER_1)
     x.bitwise_xor_((x >> 15).bitwise_and_(0x1FFFF)).bitwise_xor_(_signed(key1))
@@ -118,8 +124,20 @@ def hash32(index: Tensor, key0: int, key1: int) -> Tensor:
     return x.bitwise_xor_((x >> 16).bitwise_and_(0xFFFF))
 
 
+class Place(NamedTuple):
+    """A range of a local tensor: its entries ``low … low + n − 1``, laid out as ``layout`` says."""
+
+    layout: Layout
+    low: int = 0
+
+
 def uniform_u32(
-    shape: Sequence[int], key: MaskKey, *, offset: int = 0, device: torch.device | str | None = None
+    shape: Sequence[int],
+    key: MaskKey,
+    *,
+    offset: int = 0,
+    place: Place | None = None,
+    device: torch.device | str | None = None,
 ) -> Tensor:
     """Draw the uniform 32-bit numbers U of ``key`` for a row-major range of indices.
 
@@ -127,22 +145,29 @@ def uniform_u32(
         shape: shape of the result.
         key: what the numbers are a function of.
         offset: 64-bit row-major index of the first entry in the unsharded tensor.
+        place: instead of ``offset``, where the entries lie; those of a shard need not be neighbours.
         device: where to draw them.
 
     Returns:
         int64 tensor of ``shape`` with values in [0, 2^32).
     """
     flat = torch.empty(prod(shape), dtype=torch.int64, device=device)
-    for start, index, high in _index_chunks(flat.numel(), offset, flat.device):
+    for at, index, count, high in _chunks(flat.numel(), offset, place):
         k0, k1, k2, k3 = key.words(high)
-        coarse = _half(hash32(index, k0, k1), key.stream)
-        fine = _half(hash32(index, k2, k3), key.stream)
-        flat[start : start + index.numel()] = coarse.to(torch.int64).mul_(1 << 16).add_(fine)
+        coarse = _half(_hashed_range(index, count, k0, k1, flat.device), key.stream)
+        fine = _half(_hashed_range(index, count, k2, k3, flat.device), key.stream)
+        flat[at : at + count] = coarse.to(torch.int64).mul_(1 << 16).add_(fine)
     return flat.view(tuple(shape))
 
 
 def bernoulli_mask(
-    shape: Sequence[int], p: float, key: MaskKey, *, offset: int = 0, device: torch.device | str | None = None
+    shape: Sequence[int],
+    p: float,
+    key: MaskKey,
+    *,
+    offset: int = 0,
+    place: Place | None = None,
+    device: torch.device | str | None = None,
 ) -> Tensor:
     """Draw a mask that keeps each entry with probability ``p``, exact to 2⁻³².
 
@@ -154,6 +179,7 @@ def bernoulli_mask(
         p: probability of keeping, in (0, 1].
         key: what the mask is a function of.
         offset: 64-bit row-major index of the first entry in the unsharded tensor.
+        place: instead of ``offset``, where the entries lie; those of a shard need not be neighbours.
         device: where to draw it.
 
     Returns:
@@ -165,35 +191,86 @@ def bernoulli_mask(
         >>> bool((bernoulli_mask((2, 6), 0.5, key, offset=12) == whole[2:]).all())
         True
     """
-    if not 0 < p <= 1:
-        raise ValueError(f"probability must be in (0, 1], got {p}")
-    threshold = round(p * (1 << 32))
+    return bernoulli_masks(shape, (p,), (key,), offset=offset, place=place, device=device)[0]
+
+
+def bernoulli_masks(
+    shape: Sequence[int],
+    rates: Sequence[float],
+    keys: Sequence[MaskKey],
+    *,
+    offset: int = 0,
+    place: Place | None = None,
+    device: torch.device | str | None = None,
+) -> list[Tensor]:
+    """Draw one mask for each rate and key; keys that differ in a pair's stream alone share their hash."""
+    for p in rates:
+        if not 0 < p <= 1:
+            raise ValueError(f"probability must be in (0, 1], got {p}")
+    masks = [torch.empty(prod(shape), dtype=torch.bool, device=device) for _ in keys]
+    for at, index, count, high in _chunks(prod(shape), offset, place):
+        drawn: dict[tuple[int, int], Tensor] = {}
+        for mask, p, key in zip(masks, rates, keys, strict=True):
+            k0, k1, k2, k3 = key.words(high)
+            if (k0, k1) not in drawn:
+                drawn[k0, k1] = _hashed_range(index, count, k0, k1, mask.device)
+            _keep(mask[at : at + count], drawn[k0, k1], round(p * (1 << 32)), key.stream, (index, k2, k3))
+    return [mask.view(tuple(shape)) for mask in masks]
+
+
+def _keep(mask: Tensor, words: Tensor, threshold: int, stream: int, fine: tuple[int, int, int]) -> None:
+    """Set ``mask`` to U < threshold, given the coarse words; ``fine`` says how to draw those of the rest."""
     cell, rest = threshold >> 16, threshold & 0xFFFF
-    mask = torch.empty(prod(shape), dtype=torch.bool, device=device)
-    for start, index, high in _index_chunks(mask.numel(), offset, mask.device):
-        k0, k1, k2, k3 = key.words(high)
-        coarse = _half(hash32(index, k0, k1), key.stream)
-        kept = coarse < cell
-        if rest:
-            boundary = (coarse == cell).nonzero().squeeze(1)
-            kept[boundary] = _half(hash32(index[boundary], k2, k3), key.stream) < rest
-        mask[start : start + index.numel()] = kept
-    return mask.view(tuple(shape))
+    if cell == 1 << 16:
+        mask.fill_(True)
+        return
+    coarse = _half(words, stream)
+    torch.lt(coarse, cell, out=mask)
+    if rest:
+        boundary = (coarse == cell).nonzero().squeeze(1)
+        index, k2, k3 = fine
+        words = hash32((boundary + index).to(torch.int32), k2, k3)
+        mask[boundary] = _half(words, stream) < rest
 
 
 def _half(word: Tensor, stream: int) -> Tensor:
     return (word if stream % 2 else word >> 16).bitwise_and(0xFFFF)
 
 
+def _chunks(n: int, offset: int, place: Place | None) -> Iterator[tuple[int, int, int, int]]:
+    """Yield (position, low 32 bits of the first index, count, high bits) over runs of indices."""
+    runs = [(0, offset, n)]
+    if place is not None:
+        layout, low = place
+        runs = [(at - low, index, count) for at, index, count in layout.runs(low, low + n)]
+    for at, index, left in runs:
+        while left:
+            low, high = index & _LOW, index >> 32
+            count = min(left, _CHUNK, (1 << 32) - low)
+            yield at, low, count, high
+            at, index, left = at + count, index + count, left - count
+
+
+def _hashed_range(low: int, count: int, key0: int, key1: int, device: torch.device) -> Tensor:
+    """h(i; key0, key1) of the neighbouring indices ``low … low + count − 1`` (mod 2^32)."""
+    return _scrambled(_counter(count, device) + _signed((low + key0) & _LOW), key1)
+
+
+def _counter(count: int, device: torch.device) -> Tensor:
+    if count > _CHUNK // 64:  # most often a whole chunk: worth keeping, 1 MB
+        return _full_counter(device)[:count]
+    return torch.arange(count, dtype=torch.int32, device=device)
+
+
+@lru_cache(maxsize=8)
+def _full_counter(device: torch.device) -> Tensor:
+    return torch.arange(_CHUNK, dtype=torch.int32, device=device)
+
+
 def _index_chunks(n: int, offset: int, device: torch.device) -> Iterator[tuple[int, Tensor, int]]:
     """Yield (position, low 32 bits of the indices as int32, high bits) over ``offset … offset + n − 1``."""
-    done = 0
-    while done < n:
-        low, high = (offset + done) & 0xFFFFFFFF, (offset + done) >> 32
-        count = min(n - done, _CHUNK, (1 << 32) - low)
-        index = torch.arange(low, low + count, dtype=torch.int64, device=device).to(torch.int32)
-        yield done, index, high
-        done += count
+    for at, low, count, high in _chunks(n, offset, None):
+        yield at, _counter(count, device) + _signed(low), high
 
 
 def _signed(word: int) -> int:

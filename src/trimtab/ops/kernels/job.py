@@ -1,26 +1,18 @@
-"""What an engine needs to take one step of one parameter: the storage, the settings, the place in the model."""
+"""What an engine needs for one step of one parameter: storage, settings, the place in the model."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
 from trimtab.ops.layout import Layout
+from trimtab.ops.sparsify import Cut
 
 Stored = Literal["nearest", "residual", "stochastic"]
 
-
-class Cut(NamedTuple):
-    """Where the top sparsifier cuts: what it keeps is a function of the entry and its index alone.
-
-    Entry i of magnitude bits b (:func:`trimtab.ops.sparsify.magnitude_bits`) is kept when ``b > bits``, or when
-    ``b == bits`` and its index in the unsharded tensor is below ``index``.
-    """
-
-    bits: int
-    index: int
+__all__ = ["Cut", "Job", "Settings", "Stored", "Tau"]
 
 
 class Tau(Protocol):
@@ -71,8 +63,8 @@ class Settings:
 class Job:
     """One parameter's local part in one step. All tensors have the local shape.
 
-    The first block of fields never changes while the job lives (a changed parameter gets a new job), so an engine
-    may keep in ``cache`` what it derives from them; the second block is set before every step.
+    The first block of fields never changes while the job lives (a changed parameter gets a new job), so an
+    engine may keep in ``cache`` what it derives from them; the second block is set before every step.
 
     With θ the master (the parameter in its working dtype, joined with its residual), entry by entry:
 
@@ -118,7 +110,7 @@ class Job:
     max_exp_avg_sq: Tensor | None = None
     group: Any = None
 
-    settings: Settings = field(default=Settings(False, (1.0, 0.0), 1.0))  # noqa: RUF009 (frozen)
+    settings: Settings = field(default=Settings(False, (1.0, 0.0), 1.0))
     grad: Tensor | None = None
     anchor: Tensor | None = None
     anchor_decay: float = 1.0
