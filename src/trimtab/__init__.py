@@ -21,15 +21,16 @@ _HOMES = {
     "OnlineMerging": "trimtab.optim",
     "ReferenceDelta": "trimtab.delta",
     "UserError": "trimtab.errors",
+    "parameter_groups": "trimtab.optim",
     "schedule": "trimtab.optim",
 }
 
-__all__ = ["OnDARE", "OnTIES", "OnlineMerging", "ReferenceDelta", "UserError", "schedule"]
+__all__ = ["OnDARE", "OnTIES", "OnlineMerging", "ReferenceDelta", "UserError", "parameter_groups", "schedule"]
 
 if TYPE_CHECKING:
     from trimtab.delta import ReferenceDelta
     from trimtab.errors import UserError
-    from trimtab.optim import OnDARE, OnlineMerging, OnTIES, schedule
+    from trimtab.optim import OnDARE, OnlineMerging, OnTIES, parameter_groups, schedule
 
 
 def __getattr__(name: str) -> Any:

@@ -15,6 +15,7 @@ def test_public_names_are_pinned():
         "OnlineMerging",
         "ReferenceDelta",
         "UserError",
+        "parameter_groups",
         "schedule",
     ]
     for name in trimtab.__all__:

@@ -7,6 +7,7 @@ torch optimizers.
 
 from trimtab.optim.adamw import OnDARE, OnlineMergingAdamW, OnTIES
 from trimtab.optim.arrival import Arrival, PrecisionWarning
+from trimtab.optim.groups import parameter_groups
 from trimtab.optim.shell import MergingShell, schedule
 from trimtab.optim.wrapper import OnlineMerging
 
@@ -18,5 +19,6 @@ __all__ = [
     "OnlineMerging",
     "OnlineMergingAdamW",
     "PrecisionWarning",
+    "parameter_groups",
     "schedule",
 ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,16 +10,13 @@ from typing import Any
 import torch
 
 from trimtab.delta import ReferenceDelta
-from trimtab.errors import UserError, nearest
-from trimtab.ops import canonical_name
-from trimtab.optim import OnDARE, OnlineMerging, OnTIES, schedule
+from trimtab.errors import UserError
+from trimtab.optim import OnDARE, OnlineMerging, OnTIES, parameter_groups, schedule
+from trimtab.optim.groups import Groups
 from trimtab.recipe import Optimizer as OptimizerSection
 from trimtab.recipe import Recipe
 from trimtab.recipe.sections import MERGE_SETTINGS
 from trimtab.train.drift import Drift
-
-Groups = list[dict[str, Any]]
-"""Parameter groups as torch takes them, with ``params`` as (name, parameter) pairs."""
 
 
 @dataclass(frozen=True)
@@ -33,8 +29,8 @@ class OptimizerPlan:
         weight_decay: decoupled decay of the parameters that transformers would decay (all but biases and
             norms).
         groups: settings for parameters that a regular expression finds in their canonical name (``pattern``
-            and what differs); the first group that fits counts. A ``weight_decay`` written here holds for
-            norms and biases too.
+            and what differs, see :func:`trimtab.parameter_groups`); the first group that fits counts. A
+            ``weight_decay`` written here holds for norms and biases too.
         learning_rate: factor on the learning rate after ``step`` of ``total`` steps; None leaves it to the
             trainer.
         factors: the same for other keys of the parameter groups, such as ``merge_weight``.
@@ -55,10 +51,14 @@ class OptimizerPlan:
             model: its ``named_parameters()`` that require a gradient are trained.
             decayed: names of the parameters that weight decay is for.
         """
-        trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        if not trained:
-            raise UserError("no parameter of the model is trainable")
-        return self.make(parameter_groups(trained, decayed, self.weight_decay, self.groups))
+        groups = parameter_groups(
+            model.named_parameters(),
+            self.groups,
+            weight_decay=self.weight_decay,
+            decayed=decayed,
+            where="optimizer.groups",  # as a recipe calls them
+        )
+        return self.make(groups)
 
     def schedule(self, optimizer: torch.optim.Optimizer, total: int) -> None:
         """Schedule what the plan schedules besides the learning rate, over ``total`` steps.
@@ -132,63 +132,6 @@ def diagnostics(optimizer: torch.optim.Optimizer, since: int = 0) -> dict[str, f
         shares = {"merge/arrived_delta": arrival.delta, "merge/arrived_update": arrival.update}
         logs |= {name: share for name, share in shares.items() if not math.isnan(share)}
     return logs
-
-
-def parameter_groups(
-    named: Sequence[tuple[str, torch.Tensor]],
-    decayed: set[str],
-    weight_decay: float,
-    groups: Sequence[Mapping[str, Any]] = (),
-) -> Groups:
-    """Sort parameters into groups of equal settings, in the order in which the model names them.
-
-    Args:
-        named: (name, parameter) pairs.
-        decayed: names that ``weight_decay`` is for; the others get 0.
-        weight_decay: decoupled decay rate λ.
-        groups: mappings with a ``pattern`` (``re.search`` on the canonical name) and the settings it
-            overrides.
-
-    Returns:
-        Groups with ``params`` as (name, parameter) pairs, ``weight_decay`` and the overriding settings.
-
-    Raises:
-        UserError: if a pattern finds no parameter that an earlier pattern has not taken.
-
-    Examples:
-        >>> weight, bias = torch.zeros(2, 2), torch.zeros(2)
-        >>> made = parameter_groups([("up.weight", weight), ("up.bias", bias)], {"up.weight"}, 0.1)
-        >>> [(group["weight_decay"], [name for name, _ in group["params"]]) for group in made]
-        [(0.1, ['up.weight']), (0.0, ['up.bias'])]
-    """
-    patterns = [re.compile(group["pattern"]) for group in groups]
-    sorted_into: dict[tuple[int, bool], list[tuple[str, torch.Tensor]]] = {}
-    for name, parameter in named:
-        canonical = canonical_name(name)
-        which = next((i for i, pattern in enumerate(patterns) if pattern.search(canonical)), -1)
-        sorted_into.setdefault((which, name in decayed), []).append((name, parameter))
-    _refuse_idle([group["pattern"] for group in groups], {which for which, _ in sorted_into}, named)
-    result = []
-    for (which, decays), params in sorted_into.items():
-        settings = {"weight_decay": weight_decay if decays else 0.0}
-        if which >= 0:
-            settings |= {key: value for key, value in groups[which].items() if key != "pattern"}
-        result.append({"params": params, **settings})
-    return result
-
-
-def _refuse_idle(patterns: Sequence[str], used: set[int], named: Sequence[tuple[str, Any]]) -> None:
-    names = [canonical_name(name) for name, _ in named]
-    for index, pattern in enumerate(patterns):
-        if index in used:
-            continue
-        if any(re.search(pattern, name) for name in names):
-            problem = "finds only parameters that an earlier group has taken; put it first"
-        else:
-            close = nearest(pattern, names)
-            hint = f"the nearest is {close!r}" if close else f"they are called like {names[0]!r}"
-            problem = f"finds none of the {len(names)} trained parameters; {hint}"
-        raise UserError(f"optimizer.groups.{index}.pattern {pattern!r} {problem}")
 
 
 def unwrapped(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:

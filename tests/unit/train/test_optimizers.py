@@ -1,4 +1,4 @@
-"""From a recipe to parameter groups, optimizers, schedules and diagnostics."""
+"""From a recipe to optimizers, schedules and diagnostics."""
 
 from __future__ import annotations
 
@@ -11,61 +11,7 @@ import torch
 from tests import tiny
 from trimtab import OnDARE, OnlineMerging, OnTIES, ReferenceDelta, UserError
 from trimtab.recipe import make_recipe
-from trimtab.train.optimizers import OptimizerPlan, diagnostics, parameter_groups
-
-
-def names(group: dict[str, Any]) -> list[str]:
-    return [name for name, _ in group["params"]]
-
-
-def named(*wanted: str) -> list[tuple[str, torch.Tensor]]:
-    return [(name, torch.zeros(2)) for name in wanted]
-
-
-def test_decay_is_for_the_parameters_it_is_for_and_order_is_kept() -> None:
-    parameters = named("embed", "up.weight", "up.bias", "norm", "down.weight")
-    groups = parameter_groups(parameters, {"embed", "up.weight", "down.weight"}, 0.1)
-    assert [(group["weight_decay"], names(group)) for group in groups] == [
-        (0.1, ["embed", "up.weight", "down.weight"]),
-        (0.0, ["up.bias", "norm"]),
-    ]
-
-
-def test_the_first_pattern_that_fits_counts_and_its_decay_holds_for_biases_too() -> None:
-    parameters = named("embed", "up.weight", "up.bias", "head")
-    patterns = [
-        {"pattern": "^up", "lr": 1e-4, "weight_decay": 0.3},
-        {"pattern": "weight|head", "merge_every": 4},
-    ]
-    groups = parameter_groups(parameters, {"embed", "up.weight", "head"}, 0.1, patterns)
-    assert [(names(group), {k: v for k, v in group.items() if k != "params"}) for group in groups] == [
-        (["embed"], {"weight_decay": 0.1}),
-        (["up.weight"], {"weight_decay": 0.3, "lr": 1e-4}),
-        (["up.bias"], {"weight_decay": 0.3, "lr": 1e-4}),
-        (["head"], {"weight_decay": 0.1, "merge_every": 4}),
-    ]
-
-
-def test_patterns_see_canonical_names() -> None:
-    parameters = named("module._orig_mod.model.norm.weight", "base_model.model.q.lora_A.default.weight")
-    groups = parameter_groups(parameters, set(), 0.0, [{"pattern": r"^model\.norm\.weight$", "lr": 0.5}])
-    assert [(names(group), group.get("lr")) for group in groups] == [
-        (["module._orig_mod.model.norm.weight"], 0.5),
-        (["base_model.model.q.lora_A.default.weight"], None),
-    ]
-
-
-@pytest.mark.parametrize(
-    ("patterns", "sentence"),
-    [
-        (["up.wieght"], "groups.0.pattern 'up.wieght' finds none of the 2 trained .* nearest is 'up.weight'"),
-        (["zzz"], "groups.0.pattern 'zzz' finds none of the 2 trained parameters; they are called like"),
-        (["up", "weight"], "groups.1.pattern 'weight' finds only parameters that an earlier group has taken"),
-    ],
-)
-def test_a_pattern_without_parameters_is_refused(patterns: list[str], sentence: str) -> None:
-    with pytest.raises(UserError, match=sentence):
-        parameter_groups(named("up.weight", "up.bias"), set(), 0.0, [{"pattern": p} for p in patterns])
+from trimtab.train.optimizers import OptimizerPlan, diagnostics
 
 
 @pytest.fixture(scope="module")
@@ -180,3 +126,11 @@ def test_diagnostics_give_arrival_only_once(tiny_models: Any, delta: Any, tmp_pa
     assert shares["merge/arrived_delta"] == optimizer.arrival.delta
     assert 0.9 < shares["merge/arrived_update"] <= 1.0
     assert set(diagnostics(optimizer, since=1)) == {"merge/weight", "merge/reserve_rate"}
+
+
+def test_a_pattern_without_parameters_is_refused_by_its_place_in_the_recipe(
+    tiny_models: Any, policy: Any, delta: Any, tmp_path: Path
+) -> None:
+    section = {"name": "ondare", "lr": 1e-5, "groups": [{"pattern": "emebd", "lr": 1e-6}]}
+    with pytest.raises(UserError, match=r"^optimizer.groups.0.pattern 'emebd' finds none of the"):
+        build(plan_for(tiny_models, delta, tmp_path, optimizer=section), policy)
