@@ -364,7 +364,7 @@ def _part(flat: Tensor, layout: Layout, cover: Layout) -> Tensor:
 
 
 def _largest_by_block(flat: Tensor, cover: Layout, first: int, count: int, block: int) -> Tensor:
-    """Largest |x| of the blocks ``first … first + count − 1``: NaN where one is, 0 where there is no entry."""
+    """Largest |x| of the blocks ``first … first + count − 1``: NaN where one is, 0 in gaps."""
     result = torch.zeros(count, dtype=flat.dtype, device=flat.device)
     for low, high, number in _pieces(cover, block):
         part = flat[low:high].abs()
