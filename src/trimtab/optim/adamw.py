@@ -8,20 +8,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.optim.adamw import adamw
 
+from trimtab.delta.held import Storage, Where
 from trimtab.errors import UserError, unknown
-from trimtab.ops import FIDELITIES, PRESETS, Consensus, Fidelity, Rescale, canonical_name
+from trimtab.ops import FIDELITIES, PRESETS, Consensus, Fidelity, Rescale, canonical_name, moments
+from trimtab.ops.kernels.job import Job, Settings
+from trimtab.ops.kernels.torch_engine import update_dtype
+from trimtab.ops.moments import StateDtype
 from trimtab.ops.presets import Method
-from trimtab.optim.merging import DECAY, SINCE, Merging
-from trimtab.optim.precision import (
-    Rounding,
-    read_master,
-    resolve_rounding,
-    rounding_key,
-    update_dtype,
-    write_master,
-)
+from trimtab.optim.jobs import Kernel, Slot, stored_as
+from trimtab.optim.merging import ANCHOR, DECAY, SINCE, Merging, weights
+from trimtab.optim.precision import RESIDUAL, Rounding, anchor_like, residual_like, resolve_rounding
+from trimtab.optim.sharding import local_of, local_part
 from trimtab.optim.shell import MergingShell, dense_grad, moves
 
 if TYPE_CHECKING:
@@ -74,6 +72,10 @@ class OnlineMergingAdamW(MergingShell):
         amsgrad: bool = False,
         maximize: bool = False,
         force_merge: bool = False,
+        delta_storage: Storage = "auto",
+        delta_device: Where = "parameter",
+        state_dtype: StateDtype = "float32",
+        kernel: Kernel = "auto",
     ) -> None:
         if fidelity not in FIDELITIES:
             raise unknown("fidelity", fidelity, FIDELITIES)
@@ -103,8 +105,12 @@ class OnlineMergingAdamW(MergingShell):
             policy_differs=policy_differs,
             without_delta=without_delta,
             force_merge=force_merge,
+            delta_storage=delta_storage,
+            delta_device=delta_device,
         )
-        self._start(merging, measure_every)
+        moments.check_state_dtype(state_dtype)
+        self.state_dtype = state_dtype
+        self._start(merging, measure_every, kernel)
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -125,8 +131,11 @@ class OnlineMergingAdamW(MergingShell):
         self._prepare_groups({})
 
     def __getstate__(self) -> dict[str, Any]:
-        ours = ("merging", "measure_every", "_schedules", "_arrival", "_warned", "_measure_from")
-        return super().__getstate__() | {key: self.__dict__[key] for key in ours} | {"_names_checked": False}
+        return super().__getstate__() | self._own_state() | {"state_dtype": self.state_dtype}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._forget_jobs()
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's; the groups carry what the merge is (τ's content hash included), τ itself is not
@@ -144,6 +153,7 @@ class OnlineMergingAdamW(MergingShell):
         self._check_identities(state_dict)
         super().load_state_dict(state_dict)
         self._restore_dtypes(state_dict)
+        self._forget_jobs()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -153,125 +163,174 @@ class OnlineMergingAdamW(MergingShell):
             with torch.enable_grad():
                 loss = closure()
         self._before_step()
-        for group in self.param_groups:
-            for name, p in zip(group["param_names"], group["params"], strict=True):
-                if p.grad is not None and p.requires_grad:
-                    self._step_parameter(canonical_name(name), p, group)
+        slots = [
+            self._prepared(name, p, group, settings)
+            for group in self.param_groups
+            for settings in [_Frame(self, group)]
+            for name, p in zip(group["param_names"], group["params"], strict=True)
+            if p.grad is not None and p.requires_grad
+        ]
+        if slots:
+            torch._foreach_add_([slot.count for slot in slots], 1)
+        self._run(slots)
         self._after_step()
         return loss
 
     @torch.no_grad()
     def merge_now(self) -> int:
         """Merge what is pending in intervals of K > 1 steps. Returns the number of parameters merged."""
-        merged = 0
+        slots = []
         for group in self.param_groups:
+            frame = _Frame(self, group)
             for name, p in zip(group["param_names"], group["params"], strict=True):
                 if self.state[p].get(SINCE, 0) > 0:
-                    self._finish_interval(canonical_name(name), p, group)
-                    merged += 1
-        return merged
+                    slots.append(self._closing(self._slot(name, p, group), self.state[p], group, frame))
+        self._run(slots, measure=False)
+        return len(slots)
 
-    def _finish_interval(self, name: str, p: Tensor, group: dict[str, Any]) -> None:
-        state, merging = self.state[p], self.merging
-        rounding = resolve_rounding(merging.rounding, p.dtype)
-        master = read_master(p, state, rounding)
-        if not merging.skips(name, group):
-            base, update = merging.accumulated(state, master, None)
-            self._merge(name, p, group, master, base, update, rounding)
-        merging.open_interval(state, master)
-        write_master(p, state, master, rounding, rounding_key(merging.seed, int(state["step"]), name))
+    def _prepared(self, name: str, p: Tensor, group: dict[str, Any], frame: _Frame) -> Slot:
+        """The parameter's job with this step's fields set, and its interval one step further."""
+        slot = self._slot(name, p, group)
+        job, step = slot.job, slot.steps + 1
+        job.grad, job.anchor = local_of(dense_grad(slot.name, p)), None
+        slot.steps = step
+        gap = group["merge_every"] > 1 and slot.merges
+        if not gap:
+            job.settings = frame.settings(step, frame.moves and slot.merges)
+            if job.settings.merge:
+                self._give_delta(slot, group)
+            return slot
+        state = self.state[p]
+        if SINCE not in state:
+            self._open_interval(state, p, job)
+        due = frame.moves and state[SINCE] + 1 >= group["merge_every"]
+        if due:
+            return self._due(slot, state, group, frame, step)
+        job.settings = frame.settings(step, False)
+        state[SINCE] += int(frame.moves)
+        state[DECAY] *= frame.decay
+        return slot
 
-    def _step_parameter(self, name: str, p: Tensor, group: dict[str, Any]) -> None:
-        state, merging = self.state[p], self.merging
-        _init_adam_state(state, p, group)
-        rounding = resolve_rounding(merging.rounding, p.dtype)
-        master = read_master(p, state, rounding)
-        gap = group["merge_every"] > 1 and merging.merges(name)
-        if gap and SINCE not in state:
-            merging.open_interval(state, master)
-        due = moves(group) and (not gap or state[SINCE] + 1 >= group["merge_every"])
-        if due and not merging.skips(name, group):
-            self._merging_step(name, p, group, master, rounding, gap=gap)
-        else:
-            self._plain_step(name, p, group, master)
-            if gap:
-                state[SINCE] += int(moves(group))
-                state[DECAY] *= _decay(group)
-        if gap and due:
-            merging.open_interval(state, master)
-        write_master(p, state, master, rounding, rounding_key(merging.seed, int(state["step"]), name))
+    def _due(
+        self, slot: Slot, state: dict[str, Any], group: dict[str, Any], frame: _Frame, step: int
+    ) -> Slot:
+        """The last step of an interval: Δ_c against the anchor, and the next interval begins."""
+        job = slot.job
+        job.settings = frame.settings(step, True, reopen=True)
+        job.anchor = local_of(state[ANCHOR])
+        job.anchor_decay = state[DECAY] * (1.0 if job.settings.decay_after else frame.decay)
+        if job.settings.merge:
+            self._give_delta(slot, group)
+        state[DECAY], state[SINCE] = 1.0, 0
+        return slot
 
-    def _merging_step(
-        self, name: str, p: Tensor, group: dict[str, Any], master: Tensor, rounding: Rounding, *, gap: bool
+    def _closing(self, slot: Slot, state: dict[str, Any], group: dict[str, Any], frame: _Frame) -> Slot:
+        """The merge of an interval that is pending, without a step."""
+        job = slot.job
+        job.grad, job.anchor, job.anchor_decay = None, local_of(state[ANCHOR]), state[DECAY]
+        job.settings = replace(frame.settings(slot.steps, True, reopen=True), decay=1.0)
+        if job.settings.merge:
+            self._give_delta(slot, group)
+        state[DECAY], state[SINCE] = 1.0, 0
+        return slot
+
+    def _open_interval(self, state: dict[str, Any], p: Tensor, job: Job) -> None:
+        """Begin the first interval of K steps: keep the anchor, no decay yet, no step yet."""
+        state[ANCHOR] = anchor_like(p, state.get(RESIDUAL), job.stored)
+        state[DECAY], state[SINCE] = 1.0, 0
+
+    def _slot(self, name: str, p: Tensor, group: dict[str, Any]) -> Slot:
+        """The parameter's slot: the one that was kept, if it still tells the truth."""
+        slot, state = self._slots.get(p), self.state[p]
+        if (
+            slot is None
+            or slot.pointer != local_of(p).data_ptr()
+            or slot.count is not state.get("step")
+            or slot.first is not state.get("exp_avg")
+        ):
+            slot = self._slots[p] = self._new_slot(canonical_name(name), p, state, group)
+        return slot
+
+    def _new_slot(self, name: str, p: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Slot:
+        rounding = resolve_rounding(self.merging.rounding, p.dtype)
+        self._init_state(state, p, group, rounding)
+        local, layout, shards = local_part(p)
+        greatest = state.get("max_exp_avg_sq")
+        job = Job(
+            name=name,
+            seed=self.merging.seed,
+            layout=layout,
+            param=local,
+            stored=stored_as(rounding),
+            residual=local_of(state[RESIDUAL]) if rounding == "residual" else None,
+            exp_avg=local_of(state["exp_avg"]),
+            exp_avg_sq=local_of(state["exp_avg_sq"]),
+            max_exp_avg_sq=None if greatest is None else local_of(greatest),
+            group=shards,
+        )
+        return Slot(
+            name,
+            job,
+            local.data_ptr(),
+            count=state["step"],
+            first=state["exp_avg"],
+            steps=int(state["step"]),
+            merges=self.merging.merges(name),
+        )
+
+    def _init_state(
+        self, state: dict[str, Any], p: Tensor, group: dict[str, Any], rounding: Rounding
     ) -> None:
-        state, before = self.state[p], self.merging.preset.decay == "before"
-        update = self._adam_update(name, p, group)
-        base = master
-        if before and group["weight_decay"] != 0:
-            master.mul_(_decay(group))
-        if gap:
-            if before:
-                state[DECAY] *= _decay(group)
-            base, update = self.merging.accumulated(state, master, update)
-        self._merge(name, p, group, master, base, update, rounding)
-        if not before and group["weight_decay"] != 0:
-            master.mul_(_decay(group))
+        if "step" not in state:
+            state["step"] = torch.tensor(0.0, dtype=torch.float32)
+            state["exp_avg"] = moments.new_moment(p, self.state_dtype, signed=True)
+            state["exp_avg_sq"] = moments.new_moment(p, self.state_dtype, signed=False)
+            if group["amsgrad"]:
+                state["max_exp_avg_sq"] = torch.zeros_like(p, dtype=update_dtype(p.dtype))
+        if rounding == "residual" and RESIDUAL not in state:
+            state[RESIDUAL] = residual_like(p)
 
-    def _merge(
-        self,
-        name: str,
-        p: Tensor,
-        group: dict[str, Any],
-        master: Tensor,
-        base: Tensor,
-        update: Tensor,
-        rounding: Rounding,
-    ) -> None:
-        stored = p.dtype if rounding == "nearest" else master.dtype
-        step = int(self.state[p]["step"])
-        self.merging.merge_into(master, base, update, name=name, group=group, step=step, stored=stored)
 
-    def _plain_step(self, name: str, p: Tensor, group: dict[str, Any], master: Tensor) -> None:
-        """AdamW's own step, by torch's own code: bit for bit torch.optim.AdamW where nothing is added."""
-        before = self.merging.preset.decay == "before"
-        if before and master.dtype == update_dtype(p):
-            self._adam(master, name, p, group, group["weight_decay"])
-            return
-        # Decay after the step, or an fp32 parameter whose master is wider than Adam's arithmetic.
-        update = self._adam_update(name, p, group)
-        if before and group["weight_decay"] != 0:
-            master.mul_(_decay(group))
-        master.add_(update)
-        if not before and group["weight_decay"] != 0:
-            master.mul_(_decay(group))
+class _Frame:
+    """What one group's parameters share in one step."""
 
-    def _adam_update(self, name: str, p: Tensor, group: dict[str, Any]) -> Tensor:
-        update = torch.zeros_like(p, dtype=update_dtype(p))
-        self._adam(update, name, p, group, weight_decay=0.0)
-        return update
+    def __init__(self, optimizer: OnlineMergingAdamW, group: dict[str, Any]) -> None:
+        self.merging, self.group = optimizer.merging, group
+        self.after = self.merging.preset.decay == "after"
+        self.outside = self.merging.preset.eps_placement == "outside"
+        self.lr = float(group["lr"])
+        self.decay = 1.0 - self.lr * float(group["weight_decay"])
+        self.moves = moves(group)
+        self._weights = weights(group)
+        identity = self.merging.preset.operator.is_identity_on_first(self._weights, group["reserve_rate"])
+        self._skips = identity and not self.merging.force_merge
+        self._made: dict[tuple[int, bool, bool], Settings] = {}
 
-    def _adam(self, target: Tensor, name: str, p: Tensor, group: dict[str, Any], weight_decay: float) -> None:
-        """Torch's AdamW on ``target``: the parameter's master, or zeros, which become Δ."""
-        state, (beta1, beta2), eps = self.state[p], group["betas"], group["eps"]
-        if self.merging.preset.eps_placement == "outside":
-            # √v + ε, then the bias correction, is √v̂ + ε/√(1 − β₂ᵗ).
-            eps = eps / (1.0 - beta2 ** (int(state["step"]) + 1)) ** 0.5
-        adamw(
-            [target],
-            [dense_grad(name, p).to(target.dtype)],
-            [state["exp_avg"]],
-            [state["exp_avg_sq"]],
-            [state["max_exp_avg_sq"]] if group["amsgrad"] else [],
-            [state["step"]],
-            foreach=False,
-            fused=False,
-            amsgrad=group["amsgrad"],
-            beta1=beta1,
-            beta2=beta2,
-            lr=float(group["lr"]),
-            weight_decay=weight_decay,
+    def settings(self, step: int, merge: bool, *, reopen: bool = False) -> Settings:
+        """The settings of a step; made once for all parameters that have taken as many."""
+        key = (step, merge, reopen)
+        if key not in self._made:
+            self._made[key] = self._make(step, merge and not self._skips, reopen)
+        return self._made[key]
+
+    def _make(self, step: int, merge: bool, reopen: bool) -> Settings:
+        group, (beta1, beta2) = self.group, self.group["betas"]
+        eps = group["eps"]
+        if self.outside:  # √v + ε, then the bias correction, is √v̂ + ε/√(1 − β₂ᵗ)
+            eps = eps / (1.0 - float(beta2) ** step) ** 0.5
+        return Settings(
+            merge=merge,
+            weights=self._weights if merge else (1.0, 0.0),
+            rate=group["reserve_rate"],
+            decay=self.decay,
+            decay_after=self.after,
+            step=step,
+            lr=self.lr,
+            beta1=float(beta1),
+            beta2=float(beta2),
             eps=eps,
             maximize=group["maximize"],
+            reopen=reopen,
         )
 
 
@@ -307,6 +366,13 @@ class OnDARE(OnlineMergingAdamW):
         measure_every: steps between measurements of the arriving share (``opt.arrival``); 0 turns it off.
         amsgrad: as in torch.optim.AdamW.
         maximize: as in torch.optim.AdamW.
+        delta_storage: how τ is held: ``float32``, ``bfloat16``, ``int8`` (a scale per 128 entries), ``sparse``
+            (where F(τ) is fixed: indices and values, exact); ``auto`` is sparse where F(τ) is fixed and keeps at
+            most a quarter, else as the parameter needs.
+        delta_device: ``parameter``, or ``host``: pinned memory, copied one parameter ahead.
+        state_dtype: Adam's moments in ``float32``, ``bfloat16`` (rounded stochastically) or ``int8`` (torchao's).
+        kernel: ``auto`` takes the fastest engine that can run a parameter; ``native``, ``triton`` and ``torch``
+            name one. All give the same numbers.
         force_merge: run the arithmetic even where it is the identity; for tests.
 
     Raises:
@@ -341,16 +407,3 @@ class OnTIES(OnlineMergingAdamW):
     """
 
     method = "onties"
-
-
-def _init_adam_state(state: dict[str, Any], p: Tensor, group: dict[str, Any]) -> None:
-    if "step" in state:
-        return
-    state["step"] = torch.tensor(0.0, dtype=torch.float32)
-    moments = ("exp_avg", "exp_avg_sq") + (("max_exp_avg_sq",) if group["amsgrad"] else ())
-    for key in moments:
-        state[key] = torch.zeros_like(p, dtype=update_dtype(p), memory_format=torch.preserve_format)
-
-
-def _decay(group: dict[str, Any]) -> float:
-    return 1.0 - float(group["lr"]) * float(group["weight_decay"])

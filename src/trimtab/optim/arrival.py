@@ -5,8 +5,9 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
+
+from trimtab.ops.kernels.sums import SUMS
 
 
 class PrecisionWarning(UserWarning):
@@ -28,40 +29,15 @@ class Arrival:
     update: float
 
 
-class ArrivalMeter:
-    """Sums, over the parameters of one step, what was to arrive and what did.
+def arrival_of(sums: Tensor, step: int) -> Arrival:
+    """The arriving shares, from the :data:`~trimtab.ops.kernels.sums.SUMS` of each parameter."""
+    total = dict(zip(SUMS, sums.sum(dim=0).tolist(), strict=True))
 
-    For a part b of the bracket a + b, entry by entry: arrived = clip(sign(b)·(fl(θ + (a + b)) − fl(θ + a)),
-    0, |b|), with fl the rounding to what is stored. The share is Σ arrived / Σ |b|. Clipping keeps an entry
-    that rounds up to a whole unit in the last place from making up for another one that is lost.
-    """
+    def share(what: str) -> float:
+        wanted = total[f"wanted_{what}"]
+        return total[f"arrived_{what}"] / wanted if wanted else float("nan")
 
-    def __init__(self) -> None:
-        self._arrived = [0.0, 0.0]
-        self._wanted = [0.0, 0.0]
-
-    def add(self, before: Tensor, parts: list[Tensor], stored: torch.dtype) -> None:
-        """Count one parameter: ``before`` is θ before the bracket, ``parts`` are those of Δ and of τ."""
-        after = (before + (parts[0] + parts[1])).to(stored).to(torch.float64)
-        for i, (part, other) in enumerate(((parts[0], parts[1]), (parts[1], parts[0]))):
-            without = (before + other).to(stored).to(torch.float64)
-            wanted = part.to(torch.float64)
-            arrived = torch.minimum(((after - without) * wanted.sign()).clamp_(min=0), wanted.abs())
-            self._arrived[i] += float(arrived.sum())
-            self._wanted[i] += float(wanted.abs().sum())
-
-    @property
-    def counted(self) -> bool:
-        """Whether any parameter was merged."""
-        return any(self._wanted)
-
-    def result(self, step: int) -> Arrival:
-        """The shares so far."""
-        update, delta = (
-            arrived / wanted if wanted else float("nan")
-            for arrived, wanted in zip(self._arrived, self._wanted, strict=True)
-        )
-        return Arrival(step, delta=delta, update=update)
+    return Arrival(step, delta=share("tau"), update=share("update"))
 
 
 def warn_if_lost(arrival: Arrival) -> bool:

@@ -49,11 +49,21 @@ from trimtab.ops import Operator
 from trimtab.ops.kernels.sums import SUMS
 from trimtab.optim.arrival import Arrival
 
+HARM_BEGAN = 0.4
+"""Drift, in units of τ, from which on the lab's models lost a point of capability or more by it, on average
+over three SFT models, in training and by extrapolation alike (``scripts/measure_drift.py``)."""
+DRIFT_WARNS = 0.2
+"""Above this drift there is a warning: the largest drift measured below :data:`HARM_BEGAN` in both."""
+
 ALONG, SPREAD = "merge_drift_along", "merge_drift_spread"
 SURVIVING, KEPT = "merge_surviving", "merge_kept"
 TAU, MEASURED = "merge_tau_squared", "merge_measured"
 _FRESH = {ALONG: 0.0, SPREAD: 0.0, SURVIVING: 1.0, KEPT: -1.0, TAU: 0.0, MEASURED: 0}
 """What a param group starts with: κ and ‖τ‖² are not known yet, and nothing was measured at any step."""
+
+
+class DriftWarning(UserWarning):
+    """The merges have carried the model so far along the reference delta that its abilities may suffer."""
 
 
 @dataclass(frozen=True)
@@ -308,6 +318,14 @@ def drift(groups: Iterable[Mapping[str, Any]]) -> float:
     return math.sqrt(_share(sum(t * s for t, s in squares), sum(t for t, _ in squares)))
 
 
+def far_sentence(step: int, far: float) -> str:
+    """What is said about a drift above :data:`DRIFT_WARNS`."""
+    return (
+        f"at step {step} the merges have added up to {far:.2g} τ; on trimtab's lab models abilities suffered "
+        f"from about {HARM_BEGAN:g} τ on, so consider a smaller merge_weight"
+    )
+
+
 def log_values(optimizer: Optimizer, since: int = 0) -> dict[str, float]:
     """What an online merging optimizer has to say, by the names it is logged under; nothing for others.
 
@@ -371,6 +389,7 @@ def log_line(optimizer: Optimizer) -> str:
     found: Diagnostics | None = getattr(inner, "diagnostics", None)
     if found is None:
         return "no merge measured yet"
+    far = drift(inner.param_groups)
     words = [
         f"step {found.step}: ‖Δ‖ {found.update:.3g}",
         f"‖F(Δ)‖ {found.kept_update:.3g}",
@@ -378,7 +397,8 @@ def log_line(optimizer: Optimizer) -> str:
         f"cosine {found.cosine:.3f}",
         f"conflicts {found.conflicts:.1%}",
         f"arrived: Δ {found.arrived_update:.1%}, τ {found.arrived_delta:.1%}",
-        f"drift {drift(inner.param_groups):.3g} τ",
+        f"drift {far:.3g} τ"
+        + (f" (above {DRIFT_WARNS:g}: abilities may suffer)" if far > DRIFT_WARNS else ""),
     ]
     return ", ".join(words)
 

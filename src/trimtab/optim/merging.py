@@ -1,4 +1,4 @@
-"""The merge that OnDARE, OnTIES and OnlineMerging share: τ by name, masks by key, one bracket added once."""
+"""What OnDARE, OnTIES and OnlineMerging merge, and how: τ by name, F(τ) where it is fixed, what is refused."""
 
 from __future__ import annotations
 
@@ -7,12 +7,16 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
+from trimtab.delta.held import HeldDelta, Storage, Where
 from trimtab.errors import UserError, unknown
-from trimtab.ops import DELTA, UPDATE, MaskKey, Preset, canonical_name, combine, combine_parts, sparsify
-from trimtab.optim.arrival import ArrivalMeter
+from trimtab.ops import DELTA, MaskKey, Preset, canonical_name
+from trimtab.ops.kernels.job import Job, Tau
+from trimtab.ops.kernels.torch_engine import update_dtype
+from trimtab.ops.masks import Place
+from trimtab.ops.sparsify import thin, thinning
+from trimtab.optim.jobs import kept_count
 from trimtab.optim.precision import ROUNDINGS, Rounding
 
 if TYPE_CHECKING:
@@ -34,6 +38,8 @@ class Merging:
         without_delta: one regular expression, or several, that find (``re.search``) the canonical names of
             the parameters that have no delta and take the plain step.
         force_merge: run the arithmetic where the merge is the identity; for tests.
+        delta_storage: how τ is held (see :class:`~trimtab.delta.held.HeldDelta`).
+        delta_device: where it is held.
 
     Raises:
         UserError: a pattern is no regular expression, the seed is out of range, or the rounding unknown.
@@ -46,9 +52,9 @@ class Merging:
     policy_differs: bool = False
     without_delta: str | Sequence[str] = ()
     force_merge: bool = False
-    meter: ArrivalMeter | None = field(default=None, repr=False)
-    _tau: dict[str, Tensor] = field(default_factory=dict, repr=False)
-    _fixed: dict[str, tuple[float, Tensor]] = field(default_factory=dict, repr=False)
+    delta_storage: Storage = "auto"
+    delta_device: Where = "parameter"
+    _held: HeldDelta = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 1 << 64:
@@ -65,8 +71,14 @@ class Merging:
                     f"without_delta pattern {pattern!r} is no regular expression ({error})"
                 ) from error
 
+        self._held = HeldDelta(self.delta, storage=self.delta_storage, device=self.delta_device)
+
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_tau": {}, "_fixed": {}, "meter": None}
+        return {key: value for key, value in self.__dict__.items() if key != "_held"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._held = HeldDelta(self.delta, storage=self.delta_storage, device=self.delta_device)
 
     # -- what belongs to what
 
@@ -79,7 +91,7 @@ class Merging:
             f"tau={self.delta.fingerprint} sparsify={operator.sparsify} rescale={operator.rescale} "
             f"consensus={operator.consensus} redraw={preset.redraw} merge_every={merge_every} "
             f"seed={self.seed} counting={operator.counting} clamp={preset.clamp} decay={preset.decay} "
-            f"eps_placement={preset.eps_placement}"
+            f"eps_placement={preset.eps_placement} storage={self._held.describe()}"
         )
 
     def merges(self, name: str) -> bool:
@@ -139,88 +151,54 @@ class Merging:
         """Whether the plain step is the whole step: no delta, or α = 0 with F the identity."""
         if not self.merges(name):
             return True
-        identity = self.preset.operator.is_identity_on_first(_weights(group), group["reserve_rate"])
+        identity = self.preset.operator.is_identity_on_first(weights(group), group["reserve_rate"])
         return identity and not self.force_merge
 
-    def open_interval(self, state: dict[str, Any], master: Tensor) -> None:
-        """Begin an interval of K steps at ``master``: keep the anchor, no decay yet, no step yet."""
-        state[ANCHOR] = master.detach().clone()
-        state[DECAY] = 1.0
-        state[SINCE] = 0
+    @property
+    def masked_once(self) -> bool:
+        """Whether F(τ) is the same at every merge: drawn once, or ``top``, or no F at all."""
+        return not self.preset.redraw or self.preset.operator.sparsify == "top"
 
-    def accumulated(
-        self, state: dict[str, Any], master: Tensor, update: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Return (c·anchor, Δ_c = (θ − c·anchor) + Δ) for the interval in ``state``."""
-        anchor: Tensor = state[ANCHOR].to(master.dtype)
-        base = anchor if state[DECAY] == 1.0 else anchor * state[DECAY]
-        moved = master - base
-        if update is None:
-            return base, moved.to(torch.float64 if moved.dtype == torch.float64 else torch.float32)
-        return base, moved.to(update.dtype) + update
+    def attach(self, job: Job, group: dict[str, Any]) -> None:
+        """Give a job its τ, as F(τ) where that does not change, and the count k of ``top``."""
+        rate, operator = group["reserve_rate"], self.preset.operator
+        if operator.sparsify == "top":
+            job.count = kept_count(job.layout.total, rate, operator.counting)
+        job.tau = self._term(job, rate)
 
-    def merge_into(
-        self,
-        master: Tensor,
-        base: Tensor,
-        update: Tensor,
-        *,
-        name: str,
-        group: dict[str, Any],
-        step: int,
-        stored: torch.dtype,
-    ) -> None:
-        """Set ``master ← base + ((1−α)·F(Δ)) ⊕ (α·F(τ))``, the bracket formed in Δ's dtype and added once.
+    def streams(self, job: Job) -> bool:
+        """Whether τ comes from host memory anew at every step."""
+        return self.delta_device == "host" and job.param.device.type != "cpu"
 
-        Args:
-            master: where the result goes.
-            base: θ after decay, or c·anchor.
-            update: Δ or Δ_c; its dtype is that of the arithmetic.
-            name: canonical parameter name.
-            group: its param group: α and p.
-            step: the parameter's own step count, which keys the masks.
-            stored: dtype in which the sum is kept, for the arriving share.
-        """
-        tau, tau_rate = self._delta_term(name, update, group["reserve_rate"])
-        keys = [MaskKey(self.seed, UPDATE, step, name), MaskKey(self.seed, DELTA, step, name)]
-        arguments = (
-            [update, tau],
-            _weights(group),
-            [group["reserve_rate"], tau_rate],
-            self.preset.operator,
-            keys,
+    def prefetch(self, names: Sequence[str]) -> None:
+        """Tell in which order the parameters will be stepped, so that a τ in host memory is under way."""
+        self._held.prefetch(names)
+
+    def held_bytes(self) -> int:
+        """Bytes that τ takes as it is held."""
+        return self._held.nbytes()
+
+    def _term(self, job: Job, rate: float) -> Tau:
+        operator, clamp = self.preset.operator, self.preset.clamp
+        changes = (operator.sparsify != "none" and rate != 1) or clamp is not None
+        mask = (lambda tau: self._masked(job, tau, rate)) if self.masked_once and changes else None
+        dtype = job.update_dtype or update_dtype(job.param.dtype)
+        device, key = job.param.device, None if mask is None else rate
+        return self._held.get(job.name, job.layout, device=device, dtype=dtype, mask=mask, key=key)
+
+    def _masked(self, job: Job, tau: Tensor, rate: float) -> Tensor:
+        operator, clamp = self.preset.operator, self.preset.clamp
+        key = MaskKey(self.seed, DELTA, 0, job.name)
+        how = thinning(
+            tau,
+            operator.sparsify,
+            rate,
+            rescale=operator.rescale,
+            key=key,
+            count=job.count or None,
+            counting=operator.counting,
         )
-        if self.meter is None:
-            bracket = combine(*arguments)
-        else:
-            parts = combine_parts(*arguments)
-            bracket = parts[0] + parts[1]
-            self.meter.add(base, parts, stored)
-        torch.add(base, bracket, out=master)
-
-    def _delta_term(self, name: str, like: Tensor, rate: float) -> tuple[Tensor, float]:
-        """τ with the rate it is still to be sparsified at: 1 where F(τ) does not change and was kept."""
-        if self.preset.redraw and self.preset.operator.sparsify != "top":
-            return self._values(name, like), rate
-        at, kept = self._fixed.get(name, (None, None))
-        if kept is None or at != rate or not _alike(kept, like):
-            kept = self._sparsified_once(name, self._values(name, like), rate)
-            self._fixed[name] = (rate, kept)
-            if at is None:  # τ itself is needed again only where p moves, which is not known yet
-                del self._tau[name]
-        return kept, 1.0
-
-    def _values(self, name: str, like: Tensor) -> Tensor:
-        tau = self._tau.get(name)
-        if tau is None or not _alike(tau, like):
-            tau = self._tau[name] = self.delta.tensor(name, dtype=like.dtype).to(like.device)
-        return tau
-
-    def _sparsified_once(self, name: str, tau: Tensor, rate: float) -> Tensor:
-        operator, clamp, key = self.preset.operator, self.preset.clamp, MaskKey(self.seed, DELTA, 0, name)
-        kept = sparsify(
-            tau, operator.sparsify, rate, rescale=operator.rescale, key=key, counting=operator.counting
-        )
+        kept = thin([tau], [how], Place(job.layout))[0]
         return kept if clamp is None else kept.clamp(-clamp, clamp)
 
 
@@ -233,11 +211,8 @@ def named(groups: Iterable[dict[str, Any]]) -> list[tuple[str, Tensor]]:
     ]
 
 
-def _alike(one: Tensor, other: Tensor) -> bool:
-    return (one.device, one.dtype) == (other.device, other.dtype)
-
-
-def _weights(group: dict[str, Any]) -> tuple[float, float]:
+def weights(group: dict[str, Any]) -> tuple[float, float]:
+    """(1 − α, α) of a group in this step."""
     alpha = group["merge_weight"]
     if group.get("merge_weight_follows_lr"):
         lr, first = float(group["lr"]), group["merge_base_lr"]

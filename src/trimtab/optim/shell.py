@@ -14,7 +14,9 @@ from torch.optim import Optimizer
 
 from trimtab.errors import IncompatibleState, UserError, unknown
 from trimtab.ops import canonical_name
-from trimtab.optim.arrival import Arrival, ArrivalMeter, warn_if_lost
+from trimtab.ops.kernels.sums import SUMS
+from trimtab.optim.arrival import Arrival, arrival_of, warn_if_lost
+from trimtab.optim.jobs import Kernel, Runner, Slot
 from trimtab.optim.merging import SINCE, Merging, named
 
 SCHEDULED = ("merge_weight", "reserve_rate")
@@ -36,10 +38,20 @@ class MergingShell(Optimizer):
     _names_checked: bool
     _measure_from: int
 
-    def _start(self, merging: Merging, measure_every: int) -> None:
+    def _start(self, merging: Merging, measure_every: int, kernel: Kernel) -> None:
         self.merging, self.measure_every = merging, measure_every
+        self._runner = Runner(kernel, merging.preset.operator)
         self._schedules, self._arrival, self._warned = [], None, False
         self._names_checked, self._measure_from = False, 0
+        self._forget_jobs()
+
+    def _forget_jobs(self) -> None:
+        """Make all jobs anew: state or parameters may be other tensors now."""
+        self._slots: dict[Tensor, Slot] = {}
+
+    def _own_state(self) -> dict[str, Any]:
+        ours = ("merging", "measure_every", "_runner", "_schedules", "_arrival", "_warned", "_measure_from")
+        return {key: self.__dict__[key] for key in ours} | {"_names_checked": False}
 
     @property
     def arrival(self) -> Arrival | None:
@@ -88,19 +100,31 @@ class MergingShell(Optimizer):
                 group[_CHECKED] = True
         self._apply_schedules()
         step = max((group[_STEP] for group in self.param_groups), default=0)
-        measures = self.measure_every and step >= self._measure_from
-        self.merging.meter = ArrivalMeter() if measures else None
+        self._measures = bool(self.measure_every) and step >= self._measure_from
+        self._measured: Tensor | None = None
 
     def _after_step(self) -> None:
         for group in self.param_groups:
             group[_STEP] += 1
-        meter, self.merging.meter = self.merging.meter, None
-        if meter is None:
+        if self._measured is None:  # between merges there is nothing to measure: the next merge is
             return
-        if meter.counted:  # between merges there is nothing to measure: the next merge is
-            self._arrival = meter.result(max(group[_STEP] for group in self.param_groups))
-            self._measure_from = self._arrival.step - 1 + self.measure_every
-            self._warned = self._warned or warn_if_lost(self._arrival)
+        self._arrival = arrival_of(self._measured, max(group[_STEP] for group in self.param_groups))
+        self._measure_from = self._arrival.step - 1 + self.measure_every
+        self._warned = self._warned or warn_if_lost(self._arrival)
+
+    def _give_delta(self, slot: Slot, group: dict[str, Any]) -> None:
+        """Give a job that merges its τ, where the one it has is not the right one."""
+        if slot.rate != group["reserve_rate"] or self.merging.streams(slot.job):
+            self.merging.attach(slot.job, group)
+            slot.rate = group["reserve_rate"]
+
+    def _run(self, slots: Sequence[Slot], *, measure: bool = True) -> None:
+        """Take the step of every job, and measure the merges where this step is to be measured."""
+        sums = None
+        if measure and self._measures and any(slot.job.settings.merge for slot in slots):
+            sums = torch.zeros(len(slots), len(SUMS), dtype=torch.float64)
+        self._runner.run(slots, sums=sums)
+        self._measured = sums
 
     def _apply_schedules(self) -> None:
         for key, fn, only in self._schedules:

@@ -11,17 +11,16 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from trimtab.delta.held import Storage, Where
 from trimtab.errors import UserError
 from trimtab.ops import Consensus, Operator, Preset, Rescale, Sparsifier, canonical_name
-from trimtab.optim.merging import DECAY, SINCE, Merging
-from trimtab.optim.precision import (
-    Rounding,
-    read_master,
-    resolve_rounding,
-    rounding_key,
-    update_dtype,
-    write_master,
-)
+from trimtab.ops.kernels.job import Job, Settings
+from trimtab.ops.kernels.torch_engine import update_dtype, write_master
+from trimtab.ops.masks import ROUNDING, MaskKey, Place
+from trimtab.optim.jobs import Kernel, Slot, stored_as
+from trimtab.optim.merging import ANCHOR, DECAY, SINCE, Merging, weights
+from trimtab.optim.precision import RESIDUAL, Rounding, anchor_like, residual_like, resolve_rounding
+from trimtab.optim.sharding import local_of, local_part
 from trimtab.optim.shell import MergingShell, moves
 
 if TYPE_CHECKING:
@@ -64,6 +63,9 @@ class OnlineMerging(MergingShell):
             step; None reads it off the
             optimizer (AdamW, Adafactor, Muon, and a group's ``decoupled_weight_decay``).
         measure_every: steps between measurements of the arriving share; 0 turns it off.
+        delta_storage: see :class:`~trimtab.OnDARE`.
+        delta_device: see :class:`~trimtab.OnDARE`.
+        kernel: see :class:`~trimtab.OnDARE`.
         force_merge: run the arithmetic even where it is the identity; for tests.
 
     Raises:
@@ -99,6 +101,9 @@ class OnlineMerging(MergingShell):
         decoupled_decay: bool | None = None,
         measure_every: int = 100,
         force_merge: bool = False,
+        delta_storage: Storage = "auto",
+        delta_device: Where = "parameter",
+        kernel: Kernel = "auto",
     ) -> None:
         if not isinstance(optimizer, Optimizer):
             raise UserError(f"OnlineMerging wraps a torch.optim.Optimizer, got {type(optimizer).__name__}")
@@ -119,8 +124,10 @@ class OnlineMerging(MergingShell):
             policy_differs=policy_differs,
             without_delta=without_delta,
             force_merge=force_merge,
+            delta_storage=delta_storage,
+            delta_device=delta_device,
         )
-        self._start(merging, measure_every)
+        self._start(merging, measure_every, kernel)
         self.decoupled_decay = decoupled_decay
         self._group_defaults = {
             "reserve_rate": reserve_rate,
@@ -134,7 +141,9 @@ class OnlineMerging(MergingShell):
     # -- being an Optimizer around another
 
     def _attach(self) -> None:
+        # Kept from step to step: memory that is mapped anew at every step costs more than the copy into it.
         self._before: dict[Tensor, Tensor] = {}
+        self._forget_jobs()
         self._swapped: dict[Tensor, tuple[Tensor, Tensor | None]] = {}
         self._optimizer_step_pre_hooks: OrderedDict[int, Callable[..., Any]] = OrderedDict()
         self._optimizer_step_post_hooks: OrderedDict[int, Callable[..., Any]] = OrderedDict()
@@ -150,6 +159,7 @@ class OnlineMerging(MergingShell):
     def __getstate__(self) -> dict[str, Any]:
         dropped = (
             "_before",
+            "_slots",
             "_swapped",
             "_handles",
             "_optimizer_step_pre_hooks",
@@ -220,6 +230,7 @@ class OnlineMerging(MergingShell):
 
     def _post_load(self, _: Optimizer) -> None:
         self._restore_dtypes(self._loading)
+        self._forget_jobs()
         del self._loading
 
     # -- the step
@@ -245,12 +256,11 @@ class OnlineMerging(MergingShell):
         """Merge what is pending in intervals of K > 1 steps. Returns the number of parameters merged."""
         merged = 0
         for name, p, group in self._parameters():
-            state = self.state[p]
-            if state.get(SINCE, 0) > 0:
-                rounding = resolve_rounding(self.merging.rounding, p.dtype)
-                master = read_master(p, state, rounding)
-                self._merge(name, p, group, master, rounding)
-                write_master(p, state, master, rounding, self._rounding_key(name, state))
+            if self.state[p].get(SINCE, 0) > 0:
+                master = self._master(p)
+                self._run([self._closing(name, p, group, master, p)], measure=False)
+                if master is not p:
+                    self._write(name, p, p.detach(), master)
                 merged += 1
         return merged
 
@@ -258,103 +268,141 @@ class OnlineMerging(MergingShell):
     def _pre_step(self, *_: Any) -> None:
         self._swap_back()
         self._before_step()
-        self._before = {}
         for name, p, group in self._parameters():
             if not p.requires_grad:
                 self._hide_gradient(p)
                 continue
-            rounding = resolve_rounding(self.merging.rounding, p.dtype)
-            if rounding != "nearest" or update_dtype(p) != p.dtype:
-                self._show_master(p, rounding)
+            if self._rounding(p) != "nearest" or update_dtype(p.dtype) != p.dtype:
+                self._show_master(p)
             if self._keeps_before(name, p, group):
-                self._before[p] = p.detach().clone()
+                self._keep_before(p)
 
     @torch.no_grad()
     def _post_step(self, *_: Any) -> None:
         # Around a fused optimizer a GradScaler calls even the step that is to be skipped, and says so here.
         found_inf = getattr(self.optimizer, "found_inf", None)
         skipped = found_inf is not None and bool(found_inf)
-        for name, p, group in [] if skipped else self._parameters():
-            if p.grad is not None:
-                self._finish(name, p, group)
+        moved = [] if skipped else [each for each in self._parameters() if each[1].grad is not None]
+        slots = [slot for name, p, group in moved for slot in [self._advance(name, p, group)] if slot]
+        self._run(slots)
+        for name, p, _group in moved:
+            if p in self._swapped:
+                self._store_swapped(name, p)
         self._swap_back()
-        self._before = {}
         if not skipped:
             self._after_step()
 
-    def _finish(self, name: str, p: Tensor, group: dict[str, Any]) -> None:
-        """Merge into one parameter that the wrapped optimizer has just moved; then store it."""
-        state, master = self.state[p], p.detach()
+    def _advance(self, name: str, p: Tensor, group: dict[str, Any]) -> Slot | None:
+        """Count the step that the wrapped optimizer has just taken; the merge that is due now, if one is."""
+        state = self.state[p]
         state[COUNT] = state.get(COUNT, 0) + 1
-        stored = self._swapped[p][0] if p in self._swapped else master
-        rounding = resolve_rounding(self.merging.rounding, stored.dtype)
-        if self.merging.merges(name):
-            self._advance(name, p, group, master, rounding, stored)
-        if p in self._swapped:
-            weight, grad = self._swapped.pop(p)
-            p.grad = None
-            p.data = weight
-            p.grad = grad
-            write_master(p, state, master, rounding, self._rounding_key(name, state))
+        if not self.merging.merges(name):
+            return None
+        stored = self._swapped[p][0] if p in self._swapped else p
+        if group["merge_every"] == 1:
+            if not moves(group) or self.merging.skips(name, group):
+                return None
+            return self._merge_of(name, p, group, stored, self._before[p], self._decay(group))
+        if SINCE not in state:
+            state[ANCHOR] = self._before.pop(p)
+            state[DECAY], state[SINCE] = 1.0, 0
+        state[SINCE] += int(moves(group))
+        state[DECAY] *= self._decay(group)
+        due = state[SINCE] >= group["merge_every"] and moves(group)
+        return self._closing(name, p, group, p.detach(), stored) if due else None
 
-    def _advance(
-        self, name: str, p: Tensor, group: dict[str, Any], master: Tensor, rounding: Rounding, stored: Tensor
-    ) -> None:
-        state, gap = self.state[p], group["merge_every"] > 1
-        if gap:
-            if SINCE not in state:
-                self.merging.open_interval(state, self._before[p])
-            state[SINCE] += int(moves(group))
-            state[DECAY] *= self._decay(group)
-            if state[SINCE] >= group["merge_every"] and moves(group):
-                self._merge(name, p, group, master, rounding, stored.dtype)
-        elif moves(group) and not self.merging.skips(name, group):
-            base = self._before[p]
-            if self._decay(group) != 1.0:
-                base.mul_(self._decay(group))
-            update = (master - base).to(update_dtype(stored))
-            self._merge_into(name, group, state, master, base, update, rounding, stored.dtype)
+    def _closing(self, name: str, p: Tensor, group: dict[str, Any], master: Tensor, stored: Tensor) -> Slot:
+        """The merge that ends an interval of K steps, and begins the next."""
+        state = self.state[p]
+        slot = self._merge_of(name, p, group, stored, state[ANCHOR], state[DECAY], master=master, reopen=True)
+        state[DECAY], state[SINCE] = 1.0, 0
+        return slot
 
-    def _merge(
+    def _merge_of(
         self,
         name: str,
         p: Tensor,
         group: dict[str, Any],
-        master: Tensor,
-        rounding: Rounding,
-        stored: torch.dtype | None = None,
-    ) -> None:
-        """Close the interval of one parameter: merge what it has gathered, and begin the next."""
-        state = self.state[p]
-        if not self.merging.skips(name, group):
-            base, update = self.merging.accumulated(state, master, None)
-            self._merge_into(name, group, state, master, base, update, rounding, stored or p.dtype)
-        self.merging.open_interval(state, master)
+        stored: Tensor,
+        anchor: Tensor,
+        decay: float,
+        *,
+        master: Tensor | None = None,
+        reopen: bool = False,
+    ) -> Slot:
+        slot = self._slot(name, p, p if master is None else master, stored)
+        merge = not self.merging.skips(name, group)
+        slot.job.settings = Settings(
+            merge=merge,
+            weights=weights(group),
+            rate=group["reserve_rate"],
+            step=self.state[p][COUNT],
+            reopen=reopen,
+        )
+        slot.job.anchor, slot.job.anchor_decay = local_of(anchor), decay
+        if merge:
+            self._give_delta(slot, group)
+        return slot
 
-    def _merge_into(
-        self,
-        name: str,
-        group: dict[str, Any],
-        state: dict[str, Any],
-        master: Tensor,
-        base: Tensor,
-        update: Tensor,
-        rounding: Rounding,
-        stored: torch.dtype,
-    ) -> None:
-        kept = stored if rounding == "nearest" else master.dtype
-        self.merging.merge_into(master, base, update, name=name, group=group, step=state[COUNT], stored=kept)
+    def _slot(self, name: str, p: Tensor, master: Tensor, stored: Tensor) -> Slot:
+        """The parameter's slot: the one that was kept, if it still tells the truth."""
+        local, layout, shards = local_part(master)
+        slot = self._slots.get(p)
+        if slot is None or slot.pointer != local.data_ptr():
+            job = Job(
+                name,
+                self.merging.seed,
+                layout,
+                local.detach(),
+                "nearest",
+                group=shards,
+                update_dtype=update_dtype(stored.dtype),
+                kept_dtype=stored.dtype if self._rounding(stored) == "nearest" else master.dtype,
+            )
+            slot = self._slots[p] = Slot(name, job, local.data_ptr(), merges=True)
+        return slot
 
     # -- masters of parameters below fp32, and of those with a rounding help
 
-    def _show_master(self, p: Tensor, rounding: Rounding) -> None:
+    def _rounding(self, stored: Tensor) -> Rounding:
+        return resolve_rounding(self.merging.rounding, stored.dtype)
+
+    def _master(self, p: Tensor) -> Tensor:
+        """The parameter's exact value: itself, or a wider copy."""
+        rounding = self._rounding(p)
+        residual = self.state.get(p, {}).get(RESIDUAL)
+        if rounding == "residual" and residual is None:
+            rounding = "stochastic"  # nothing is left over yet: the value alone, in the master's dtype
+        if rounding == "nearest" and update_dtype(p.dtype) == p.dtype:
+            return p
+        return anchor_like(p, residual, stored_as(rounding))
+
+    def _show_master(self, p: Tensor) -> None:
         """Let the wrapped optimizer see the wide master and gradient instead of the stored parameter."""
-        master = read_master(p, self.state.get(p, {}), rounding)
+        master = self._master(p)
         weight, grad = p.data, p.grad
         self._swapped[p] = (weight, grad)
         p.grad = None
         p.data = master
         p.grad = None if grad is None else grad.to(master.dtype)
+
+    def _store_swapped(self, name: str, p: Tensor) -> None:
+        """Store the master that the wrapped optimizer and the merge have moved, and show the parameter again."""
+        weight, grad = self._swapped.pop(p)
+        master = p.data
+        p.grad = None
+        p.data = weight
+        p.grad = grad
+        self._write(name, p, weight, master)
+
+    def _write(self, name: str, p: Tensor, weight: Tensor, master: Tensor) -> None:
+        state, rounding = self.state[p], self._rounding(weight)
+        if rounding == "residual" and RESIDUAL not in state:
+            state[RESIDUAL] = residual_like(weight)
+        local, layout, _ = local_part(weight)
+        rest = local_of(state[RESIDUAL]) if rounding == "residual" else None
+        key = MaskKey(self.merging.seed, ROUNDING, state[COUNT], name)
+        write_master(local.detach(), rest, local_of(master), stored_as(rounding), key, Place(layout))
 
     def _hide_gradient(self, p: Tensor) -> None:
         """Keep the gradient that a frozen parameter has left over from the wrapped optimizer."""
@@ -370,6 +418,13 @@ class OnlineMerging(MergingShell):
             p.grad = grad
         self._swapped = {}
 
+    def _keep_before(self, p: Tensor) -> None:
+        kept, value = self._before.get(p), p.detach()
+        if kept is None or (kept.shape, kept.dtype, kept.device) != (value.shape, value.dtype, value.device):
+            self._before[p] = value.clone(memory_format=torch.contiguous_format)
+        else:
+            kept.copy_(value)
+
     def _keeps_before(self, name: str, p: Tensor, group: dict[str, Any]) -> bool:
         if not self.merging.merges(name):
             return False
@@ -382,9 +437,6 @@ class OnlineMerging(MergingShell):
         if decoupled is None:
             decoupled = bool(group.get("decoupled_weight_decay", isinstance(self.optimizer, _DECOUPLED)))
         return 1.0 - float(group["lr"]) * float(group.get("weight_decay", 0)) if decoupled else 1.0
-
-    def _rounding_key(self, name: str, state: dict[str, Any]) -> Any:
-        return rounding_key(self.merging.seed, state[COUNT], name)
 
     def _parameters(self) -> list[tuple[str, Tensor, dict[str, Any]]]:
         return [

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
+import torch
 from torch import Tensor
 
 from trimtab.ops.layout import Layout
@@ -87,6 +88,10 @@ class Job:
         exp_avg_sq: Adam's second moment.
         max_exp_avg_sq: AMSGrad's maximum of it; None without AMSGrad.
         group: the process group that the parameter is sharded over; None where the layout is whole.
+        update_dtype: dtype of Δ; default max(fp32, the parameter's). A wider master that stands in for an fp32
+            parameter says fp32.
+        kept_dtype: dtype in which the sum is kept, for what is measured of rounding; default that of ``param``
+            (of the master where there is a rounding help). A master that stands in says its parameter's.
         settings: this step's settings.
         grad: the gradient in any floating dtype; None where Δ is θ' − base alone.
         anchor: θ at the last merge (step-K) or before the wrapped optimizer's step, in the master's dtype.
@@ -109,6 +114,8 @@ class Job:
     exp_avg_sq: Any = None
     max_exp_avg_sq: Tensor | None = None
     group: Any = None
+    update_dtype: torch.dtype | None = None
+    kept_dtype: torch.dtype | None = None
 
     settings: Settings = field(default=Settings(False, (1.0, 0.0), 1.0))
     grad: Tensor | None = None

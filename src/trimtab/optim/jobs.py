@@ -1,0 +1,126 @@
+"""From an optimizer's parameters and state to the jobs that engines run, kept from step to step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from trimtab.errors import UserError, unknown
+from trimtab.ops import Operator, top_count
+from trimtab.ops.kernels.engine import Engine, engines_for
+from trimtab.ops.kernels.job import Job, Stored
+from trimtab.ops.kernels.torch_engine import TorchEngine
+from trimtab.ops.sparsify import Counting
+
+Kernel = Literal["auto", "native", "triton", "torch"]
+KERNELS: tuple[Kernel, ...] = ("auto", "native", "triton", "torch")
+
+
+@dataclass(slots=True, eq=False)
+class Slot:
+    """One parameter as its optimizer steps it.
+
+    Args:
+        name: canonical name.
+        job: its job.
+        pointer: address of the parameter's storage when the job was made.
+        count: the state's step count, a tensor. When the state holds another one, the job is stale.
+        first: the state's first moment; likewise.
+        steps: the value of ``count`` after the last step, so that it need not be read back.
+        merges: whether the parameter has a delta.
+        rate: p at which ``job.tau`` was made; None before.
+        engine: what runs the job.
+    """
+
+    name: str
+    job: Job
+    pointer: int
+    count: Any = None
+    first: Any = None
+    steps: int = 0
+    merges: bool = False
+    rate: float | None = None
+    engine: Engine | None = None
+
+
+class Runner:
+    """Gives every job to the fastest engine that takes it.
+
+    Args:
+        kernel: ``auto`` takes the fastest; a name takes that engine and refuses what it cannot run.
+        operator: F and ⊕ of all jobs.
+
+    Raises:
+        UserError: an unknown name, or an engine that is not available here.
+    """
+
+    def __init__(self, kernel: Kernel, operator: Operator) -> None:
+        if kernel not in KERNELS:
+            raise unknown("kernel", kernel, KERNELS)
+        self.kernel, self.operator = kernel, operator
+        self._torch = TorchEngine()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"kernel": self.kernel, "operator": self.operator}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
+
+    def engine_for(self, job: Job) -> Engine:
+        """The first engine that takes the job."""
+        if self.kernel == "torch":
+            return self._torch
+        reasons = []
+        for name, engine, missing in engines_for(job.param.device.type):
+            if self.kernel not in ("auto", name):
+                continue
+            reason = missing if engine is None else engine.refuses(job, self.operator)
+            if engine is not None and reason is None:
+                return engine
+            reasons.append(str(reason))
+        if self.kernel != "auto":
+            what = "; ".join(reasons) or f"it does not run on {job.param.device.type}"
+            raise UserError(f"kernel {self.kernel!r} cannot step {job.name}: {what}; use kernel='auto'")
+        return self._torch
+
+    def run(self, slots: Iterable[Slot], *, sums: Tensor | None = None) -> None:
+        """Take the step of every slot's job.
+
+        Args:
+            slots: what to step, with all per-step fields of their jobs set.
+            sums: float64 (slots, SUMS) to be filled with what is measured; None measures nothing.
+        """
+        rows: dict[int, tuple[Engine, list[int], list[Job]]] = {}
+        for row, slot in enumerate(slots):
+            if slot.engine is None:
+                slot.engine = self.engine_for(slot.job)
+            engine = slot.engine
+            if sums is not None and not engine.measures and slot.job.settings.merge:
+                engine = self._torch
+            _, places, jobs = rows.setdefault(id(engine), (engine, [], []))
+            places.append(row)
+            jobs.append(slot.job)
+        for engine, places, jobs in rows.values():
+            if sums is None or not engine.measures:
+                engine.step(jobs, self.operator)
+            else:
+                part = torch.zeros(len(jobs), sums.shape[1], dtype=torch.float64, device=sums.device)
+                engine.step(jobs, self.operator, part)
+                sums[places] = part
+
+
+@lru_cache(maxsize=4096)
+def kept_count(total: int, rate: float, counting: Counting) -> int:
+    """K of the top sparsifier, computed once for each size."""
+    return top_count(total, rate, counting)
+
+
+def stored_as(rounding: str) -> Stored:
+    """The job's word for a resolved rounding mode."""
+    assert rounding in ("nearest", "residual", "stochastic")
+    return rounding  # type: ignore[return-value]
