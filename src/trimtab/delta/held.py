@@ -67,7 +67,7 @@ class _Entry:
     source: Tensor | None = None  # τ before F, kept once F has changed: it may change at every step
 
     def serves(self, layout: Layout, device: torch.device, dtype: torch.dtype, key: Hashable) -> bool:
-        """Whether this is what a request asks for; asked for each parameter in each step, so without detours."""
+        """Whether this is what is asked for. Asked for each parameter in each step: without detours."""
         was = self.request
         same_place = was.layout is layout or was.layout == layout
         return same_place and was.device == device and was.dtype == dtype and was.key == key

@@ -54,13 +54,14 @@ class TauFormat:
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Self:
         """The same format on ``device``; itself where it lies there. Values do not change."""
-        return self._with(lambda t: t.to(device, non_blocking=non_blocking))
+        return self.map(lambda t: t.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Self:
         """A copy in pinned host memory, from which a GPU copies without the CPU. Needs an accelerator."""
-        return self._with(lambda t: t.pin_memory())
+        return self.map(lambda t: t.pin_memory())
 
-    def _with(self, change: Callable[[Tensor], Tensor]) -> Self:
+    def map(self, change: Callable[[Tensor], Tensor]) -> Self:
+        """The same format with ``change(t)`` for each of its tensors t."""
         held = {f.name: getattr(self, f.name) for f in fields(self)}
         return replace(self, **{name: change(v) for name, v in held.items() if isinstance(v, Tensor)})
 
