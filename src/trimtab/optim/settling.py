@@ -1,4 +1,4 @@
-"""What the processes that share a parameter settle together: where F cuts, how it rescales, where a run starts."""
+"""What processes that share parameters settle together: where F cuts and how it rescales, and the start."""
 
 from __future__ import annotations
 
@@ -61,70 +61,58 @@ def needs_others(job: Job, operator: Operator) -> bool:
     return operator.sparsify != "none" and operator.rescale == "l1"
 
 
-def step_shards(
-    jobs: Sequence[tuple[Job, Engine]], operator: Operator, rows: Sequence[Tensor] | None = None
-) -> None:
+def step_shards(jobs: Sequence[tuple[Job, Engine]], operator: Operator, sums: Tensor | None = None) -> None:
     """Take the step of jobs of which each process has a part and whose F depends on the whole.
 
-    Each bucket of them forms its Δ, the processes settle cuts and factors, and the engines go on from there.
+    Bucket by bucket, engines form Δ, the processes settle cuts and factors, and the engines go on from there.
 
     Args:
         jobs: jobs for which :func:`needs_others` holds, with their engines: those of the same parameters, in
-            the same order, in every process. Engines may differ.
+            the same order, in every process; engines may differ.
         operator: F and ⊕.
-        rows: for each job the row of its sums, to which what is measured of the local part is added.
+        sums: float64 (jobs, SUMS), to which what is measured of the local parts is added.
 
     Raises:
         UserError: processes that share parameters came with different ones.
     """
-    by_group: dict[ShardGroup, list[int]] = {}
+    groups: dict[ShardGroup, list[int]] = {}
     for i, (job, _) in enumerate(jobs):
-        by_group.setdefault(job.group, []).append(i)
-    for group, members in by_group.items():
+        groups.setdefault(job.group, []).append(i)
+    for group, members in groups.items():
         _check_same(group, [jobs[i][0].name for i in members])
-    for group, members in by_group.items():
-        for bucket in _buckets([jobs[i][0] for i in members], group.size):
-            at = [members[i] for i in bucket]
-            _step_bucket(
-                [jobs[i] for i in at], operator, group, None if rows is None else [rows[i] for i in at]
-            )
+    for group, members in groups.items():
+        for bucket in _buckets(members, [jobs[i][0].layout.total for i in members], group.size):
+            part = None if sums is None else sums[bucket]
+            _step_bucket([jobs[i] for i in bucket], operator, group, part)
+            if sums is not None and part is not None:
+                sums[bucket] = part
 
 
 def _step_bucket(
-    jobs: Sequence[tuple[Job, Engine]],
-    operator: Operator,
-    group: ShardGroup,
-    rows: Sequence[Tensor] | None,
+    jobs: Sequence[tuple[Job, Engine]], operator: Operator, group: ShardGroup, sums: Tensor | None
 ) -> None:
     for engine, at in _by_engine(jobs):
         engine.update([jobs[i][0] for i in at])
     _settle([job for job, _ in jobs], operator, group)
     for engine, at in _by_engine(jobs):
-        sums = None if rows is None else torch.stack([torch.zeros_like(rows[i]) for i in at])
-        engine.step([jobs[i][0] for i in at], operator, sums)
-        for i, row in enumerate([] if sums is None else sums):
-            rows[at[i]].add_(row)  # type: ignore[index]
+        part = None if sums is None else sums[at]
+        engine.step([jobs[i][0] for i in at], operator, part)
+        if sums is not None and part is not None:
+            sums[at] = part
     for job, _ in jobs:
         job.update, job.cuts, job.factors = None, (None, None), None
 
 
 def _settle(jobs: Sequence[Job], operator: Operator, group: ShardGroup) -> None:
     """Set the cuts and factors of jobs whose Δ is formed."""
-    parts, owners = [], []
-    for job in jobs:
-        for which, x in enumerate(_local_deltas(job)):
-            key = MaskKey(job.seed, (UPDATE, DELTA)[which], job.settings.step, job.name)
-            parts.append(Part(x, job.layout, job.settings.rate, job.count, key))
-            owners.append((job, which))
-    found = {id(job): [None, None] for job in jobs}  # type: dict[int, list[Any]]
-    for (job, which), how in zip(
-        owners, thinnings(parts, operator.sparsify, operator.rescale, group), strict=True
-    ):
-        found[id(job)][which] = how
-    for job in jobs:
-        update, tau = found[id(job)]
-        job.cuts = (update.cut, None if tau is None else tau.cut)
-        job.factors = (update.factor, 1.0 if tau is None else tau.factor)
+    deltas = [(job, which, x) for job in jobs for which, x in enumerate(_local_deltas(job))]
+    parts = [Part(x, job.layout, job.settings.rate, job.count, _key(job, which)) for job, which, x in deltas]
+    found = thinnings(parts, operator.sparsify, operator.rescale, group)
+    for (job, which, _), how in zip(deltas, found, strict=True):
+        if which == 0:
+            job.cuts, job.factors = (how.cut, None), (how.factor, 1.0)
+        else:
+            job.cuts, job.factors = (job.cuts[0], how.cut), (job.factors[0], how.factor)  # type: ignore[index]
 
 
 def _local_deltas(job: Job) -> list[Tensor]:
@@ -134,6 +122,10 @@ def _local_deltas(job: Job) -> list[Tensor]:
     return [job.update] if job.tau.masked else [job.update, job.tau.dense(0, job.layout.numel)]
 
 
+def _key(job: Job, which: int) -> MaskKey:
+    return MaskKey(job.seed, (UPDATE, DELTA)[which], job.settings.step, job.name)
+
+
 def _by_engine(jobs: Sequence[tuple[Job, Engine]]) -> list[tuple[Engine, list[int]]]:
     engines: dict[int, tuple[Engine, list[int]]] = {}
     for i, (_, engine) in enumerate(jobs):
@@ -141,16 +133,16 @@ def _by_engine(jobs: Sequence[tuple[Job, Engine]]) -> list[tuple[Engine, list[in
     return list(engines.values())
 
 
-def _buckets(jobs: Sequence[Job], ways: int) -> Iterator[list[int]]:
+def _buckets(members: Sequence[int], totals: Sequence[int], ways: int) -> Iterator[list[int]]:
     """Cut a list of jobs into buckets: by what all processes know, so that all cut alike."""
     bucket: list[int] = []
     entries = 0
-    for i, job in enumerate(jobs):
-        size = -(-job.layout.total // ways)
+    for member, total in zip(members, totals, strict=True):
+        size = -(-total // ways)
         if bucket and entries + size > BUCKET:
             yield bucket
             bucket, entries = [], 0
-        bucket.append(i)
+        bucket.append(member)
         entries += size
     if bucket:
         yield bucket
