@@ -11,13 +11,16 @@ from torch import Tensor
 
 from trimtab.delta.held import HeldDelta, Storage, Where
 from trimtab.errors import UserError, unknown
-from trimtab.ops import DELTA, MaskKey, Preset, canonical_name
+from trimtab.ops import DELTA, MaskKey, Operator, Preset, canonical_name
 from trimtab.ops.kernels.job import Job, Tau
 from trimtab.ops.kernels.torch_engine import update_dtype
+from trimtab.ops.layout import Layout
 from trimtab.ops.masks import Place
-from trimtab.ops.sparsify import thin, thinning
+from trimtab.ops.select import Part, thinnings
+from trimtab.ops.sparsify import Thinning, thin, thinning
 from trimtab.optim.jobs import kept_count
 from trimtab.optim.precision import ROUNDINGS, Rounding
+from trimtab.optim.settling import check_policy
 
 if TYPE_CHECKING:
     from trimtab.delta import ReferenceDelta
@@ -143,7 +146,7 @@ class Merging:
     def check_policy(self, parameters: Iterable[tuple[str, Tensor]]) -> None:
         """Refuse a fresh policy that is not the reference: τ would be the wrong direction."""
         if not self.policy_differs:
-            self.delta.check_policy([(name, p.detach()) for name, p in parameters])
+            check_policy(self.delta, parameters)
 
     # -- one parameter
 
@@ -181,25 +184,44 @@ class Merging:
     def _term(self, job: Job, rate: float) -> Tau:
         operator, clamp = self.preset.operator, self.preset.clamp
         changes = (operator.sparsify != "none" and rate != 1) or clamp is not None
-        mask = (lambda tau: self._masked(job, tau, rate)) if self.masked_once and changes else None
-        dtype = job.update_dtype or update_dtype(job.param.dtype)
-        device, key = job.param.device, None if mask is None else rate
-        return self._held.get(job.name, job.layout, device=device, dtype=dtype, mask=mask, key=key)
-
-    def _masked(self, job: Job, tau: Tensor, rate: float) -> Tensor:
-        operator, clamp = self.preset.operator, self.preset.clamp
-        key = MaskKey(self.seed, DELTA, 0, job.name)
-        how = thinning(
-            tau,
-            operator.sparsify,
-            rate,
-            rescale=operator.rescale,
-            key=key,
-            count=job.count or None,
-            counting=operator.counting,
+        mask = _FixedMask(job, rate, operator, clamp) if self.masked_once and changes else None
+        return self._held.get(
+            job.name,
+            job.layout,
+            device=job.param.device,
+            dtype=job.update_dtype or update_dtype(job.param.dtype),
+            mask=mask,
+            key=None if mask is None else rate,
+            mask_at=None if mask is None else mask.at,
         )
-        kept = thin([tau], [how], Place(job.layout))[0]
-        return kept if clamp is None else kept.clamp(-clamp, clamp)
+
+
+@dataclass
+class _FixedMask:
+    """F(τ) of a τ that is masked once, in a shard as in the whole."""
+
+    job: Job
+    rate: float
+    operator: Operator
+    clamp: float | None
+    how: Thinning | None = None
+
+    def __call__(self, tau: Tensor) -> Tensor:
+        """F of the local part; processes that share the parameter settle it together."""
+        job, kind, rescale = self.job, self.operator.sparsify, self.operator.rescale
+        key = MaskKey(job.seed, DELTA, 0, job.name)
+        if job.group is None:
+            self.how = thinning(tau, kind, self.rate, rescale=rescale, key=key, count=job.count)
+        else:
+            part = Part(tau, job.layout, self.rate, job.count, key)
+            (self.how,) = thinnings([part], kind, rescale, job.group)
+        return self.at(tau, job.layout)
+
+    def at(self, tau: Tensor, layout: Layout) -> Tensor:
+        """F of another rectangle, once that of the local part is settled."""
+        assert self.how is not None
+        (kept,) = thin([tau], [self.how], Place(layout))
+        return kept if self.clamp is None else kept.clamp(-self.clamp, self.clamp)
 
 
 def named(groups: Iterable[dict[str, Any]]) -> list[tuple[str, Tensor]]:
