@@ -14,11 +14,11 @@ from rich.console import Console
 
 from trimtab.errors import UserError
 from trimtab.files import write_text
+from trimtab.optim.diagnostics import DRIFT_WARNS, HARM_BEGAN
 from trimtab.recipe import Recipe, make_recipe, refuse_differences
 from trimtab.train.callbacks import CompleteCheckpoints, MetricsFile
 from trimtab.train.card import model_card
 from trimtab.train.checkpoints import last_complete, read_marker
-from trimtab.train.drift import HARM_BEGAN
 from trimtab.train.estimate import measure
 from trimtab.train.folder import RunFolder
 from trimtab.train.guard import is_disk_full, no_space
@@ -141,7 +141,8 @@ def _introduce(parts: Parts) -> None:
     )
     if parts.plan.drift is not None:
         drift = parts.plan.drift.after(size.steps, of=size.steps)
-        late = f" (in the first experiments harm began at about {HARM_BEGAN} τ)" if drift > HARM_BEGAN else ""
+        began = f" (on trimtab's lab models harm began at about {HARM_BEGAN:g} τ)"
+        late = began if drift > DRIFT_WARNS else ""
         say(f"the merges are expected to add up to {drift:.3g} τ{late}")
 
 

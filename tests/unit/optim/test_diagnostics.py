@@ -12,7 +12,8 @@ from torch import Tensor
 
 from trimtab.ops import DELTA, UPDATE, MaskKey, Operator, agreeing_terms, sparsify
 from trimtab.ops.kernels.sums import measure, squared_norm
-from trimtab.optim.diagnostics import DiagnosticsMeter, drift
+from trimtab.optim.diagnostics import drift
+from trimtab.optim.measuring import DiagnosticsMeter
 
 SIZES = {"a": 6_000, "b": 2_500}
 STEPS = 60
@@ -203,7 +204,7 @@ def test_what_one_merge_of_two_groups_looks_like() -> None:
     """By hand: norms, angle, conflicts, and both groups together."""
     meter = DiagnosticsMeter(Operator("bernoulli"), redraw=True)
     groups: list[dict[str, Any]] = [{}, {}]
-    assert meter.begin(groups, 1)
+    meter.begin(groups, 1)
     meter.merges(0, 0.1, 0.5)
     meter.merges(1, 0.2, 0.5)
     first = one_row([3.0, 4.0, 0.0], [3.0, 0.0, 0.0], [-2.0, 5.0, 1.0], 0.1)
@@ -254,28 +255,26 @@ def test_each_group_is_measured_at_its_interval_and_at_its_merges() -> None:
     assert measured_steps(0, [1], 5) == [[]]
 
 
-def test_shards_add_up_to_the_whole() -> None:
-    """Two processes with a half each, reduced by a sum, say what one process says; n copies come divided."""
+def test_groups_that_merge_in_parts_and_parameters_in_rows_add_up() -> None:
+    """One group's parameters in one call or in several: the same diagnostics, and the same drift."""
     generator = torch.Generator().manual_seed(8)
-    update, tau = (torch.randn(1000, generator=generator).double() for _ in range(2))
-
-    def part(cut: slice) -> Tensor:
-        return one_row(update[cut].tolist(), update[cut].tolist(), tau[cut].tolist(), 0.3)
-
-    halves = slice(0, 400), slice(400, 1000)
-    results = []
-    for reduced in (False, True):
-        rest = torch.tensor([squared_norm(tau[halves[1]])], dtype=torch.float64)
-        other = torch.cat([part(halves[1]), rest]).unsqueeze(0)
-        meter = DiagnosticsMeter(Operator("none"), True)
-        meter.reduce = (lambda x, o=other: x + o) if reduced else None
-        groups: list[dict[str, Any]] = [{}]
+    drawn = [torch.randn(2, 300, generator=generator, dtype=torch.float64).tolist() for _ in range(3)]
+    rows = [one_row(update, update, tau, 0.3) for update, tau in drawn]
+    squares = [sum(x * x for x in tau) for _, tau in drawn]
+    results, states = [], []
+    for together in (True, False):
+        meter, groups = DiagnosticsMeter(Operator("none"), redraw=True), list[dict[str, Any]]([{}])
         meter.begin(groups, 1)
-        meter.merges(0, 0.3, 1.0)
-        cut = halves[0] if reduced else slice(None)
-        for _ in range(2):  # replicated twice
-            meter.add([0], part(cut).unsqueeze(0) / 2, [squared_norm(tau[cut]) / 2])
+        if together:
+            meter.merges(0, 0.3, 1.0)
+            meter.add([0, 0, 0], torch.stack(rows), squares)
+        else:
+            for row, square in zip(rows, squares, strict=True):
+                meter.merges(0, 0.3, 1.0, share=1 / 3)
+                meter.add([0], row.unsqueeze(0), [square])
         results.append(meter.end(groups))
+        states.append(groups[0])
     for field in ("update", "kept_update", "delta", "cosine", "conflicts", "arrived_delta", "drift"):
         assert getattr(results[1], field) == pytest.approx(getattr(results[0], field), rel=1e-12), field
-    assert results[0].cosine != 0
+    assert states[0] == pytest.approx(states[1], rel=1e-12)
+    assert results[0].drift == pytest.approx(0.3)

@@ -1,4 +1,4 @@
-"""The expected drift against a simulation: what real optimizers add when no gradient moves anything."""
+"""The drift of a recipe against a simulation: what real optimizers add when no gradient moves anything."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ VALUES = {
 def test_expected_drift_is_what_the_merges_add_up_to(
     optimizer: dict[str, Any], schedule: dict[str, Any]
 ) -> None:
-    """Without gradients Δ = 0 and all that moves is α·F(τ): seen in the mean of many entries where masks are
-    redrawn, and in those that are kept where a mask was drawn once or F is top."""
+    """Without gradients Δ = 0 and all that moves is α·F(τ). For top, the most that it can be is what the
+    entries move that it always keeps."""
     section = {"lr": 1e-3, "merge_weight": 1e-3, "reserve_rate": 0.5, **optimizer}
     section = {key: value for key, value in section.items() if value is not None}
     recipe = make_recipe({**VALUES, "optimizer": section, "schedule": schedule})
@@ -61,13 +61,9 @@ def test_expected_drift_is_what_the_merges_add_up_to(
         scheduler.step()
         if step == STEPS or step == 2 * gap:
             moved = (reference.weight.detach().double() - start) / 0.5
-            kept = moved[moved > 1e-6] if _kept_ones_only(recipe) else moved
             expected = Drift(recipe).after(step, of=STEPS)
-            tolerance = 1e-4 if _kept_ones_only(recipe) else 0.02
-            peak = float(kept.max()) if _kept_ones_only(recipe) else float(kept.mean())
-            assert peak == pytest.approx(expected, rel=tolerance), step
-
-
-def _kept_ones_only(recipe: Any) -> bool:
-    section = recipe.optimizer
-    return section.name == "onties" or section.redraw is False or section.fidelity == "released"
+            drift = float(moved.square().mean().sqrt())
+            if recipe.optimizer.name == "onties":
+                assert drift < 0.8 * expected, step
+                drift = float(moved.max())
+            assert drift == pytest.approx(expected, rel=0.005), step
