@@ -6,10 +6,10 @@ of which tensor belongs to local flat index j. All three satisfy :class:`trimtab
 | format | bytes per entry | error |
 |---|---|---|
 | dense fp32 (fp64) | 4 (8) | none |
-| dense bf16 | 2 | relative, ≤ 2⁻⁹ |
+| dense bf16 | 2 | relative, ≤ 2⁻⁸ |
 | int8, blocks of 128 | 1.03 | ≤ (block's largest magnitude)/254 |
 | sparse, fp32 values | 6 per kept entry | none |
-| sparse, bf16 values | 4 per kept entry | relative, ≤ 2⁻⁹ |
+| sparse, bf16 values | 4 per kept entry | relative, ≤ 2⁻⁸ |
 """
 
 from __future__ import annotations
@@ -174,7 +174,7 @@ def hold_dense(x: Tensor, dtype: torch.dtype = torch.float32, *, masked: bool = 
     """Hold every value in ``dtype``, rounded to nearest even.
 
     Error: none where ``dtype`` is x's own or wider; bf16 keeps 8 significant bits, so a relative error of at
-    most 2⁻⁹ (for magnitudes from 2⁻¹²⁶ on).
+    most 2⁻⁸ (for magnitudes from 2⁻¹²⁶ on).
 
     Args:
         x: floating tensor of any shape; where its dtype is ``dtype`` it is held itself, not a copy.

@@ -279,16 +279,13 @@ def _code_tables(signed: bool, device: torch.device) -> tuple[Tensor, Tensor]:
         middle = (low + high) // 2
         above = quantize(_unordered(middle), qmap).to(torch.int64) > torch.arange(255)
         low, high = torch.where(above, low, middle), torch.where(above, middle, high)
-    begins = torch.cat([_unordered(high), torch.tensor([torch.inf])])
-    cells = torch.arange(1 << 16) << 16
-    ends = torch.stack([cells, cells + 0xFFFF])
-    ends[:, 1 << 15 :] = ends[:, 1 << 15 :].flip(0) - (
-        1 << 32
-    )  # a negative cell begins where its bits are ones
-    lowest, highest = quantize(ends.to(torch.int32).view(torch.float32), qmap)
-    finite = ends[1].to(torch.int32).view(torch.float32).isfinite()
-    assert bool((highest.to(torch.int16) - lowest.to(torch.int16) <= 1)[finite].all())
-    return lowest.to(device), begins.to(device)
+    begins, cells = _unordered(high), torch.arange(1 << 16) << 16
+    ends = torch.stack([cells, cells + 0xFFFF]).to(torch.int32).view(torch.float32)
+    least, most = ends.amin(0), ends.amax(0)  # NaN where the cell holds one: code 0, as torchao has it
+    lowest, highest = torch.bucketize(least, begins, right=True), torch.bucketize(most, begins, right=True)
+    assert bool((highest - lowest <= 1)[ends.isfinite().all(0)].all())
+    lowest = torch.where(least.isnan(), 0, lowest).to(torch.uint8)
+    return lowest.to(device), torch.cat([begins, torch.tensor([torch.inf])]).to(device)
 
 
 def _ordered(x: Tensor) -> Tensor:
