@@ -11,17 +11,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from trimtab.train.arguments import config_class as config_class
+    from trimtab.train.diagnostics_callback import DiagnosticsCallback as DiagnosticsCallback
     from trimtab.train.launch import run as run
     from trimtab.train.mixin import OnlineMergingMixin as OnlineMergingMixin
     from trimtab.train.optimizers import OptimizerPlan as OptimizerPlan
 
 _WHERE = {
+    "DiagnosticsCallback": "trimtab.train.diagnostics_callback",
     "OnlineMergingMixin": "trimtab.train.mixin",
     "OptimizerPlan": "trimtab.train.optimizers",
     "config_class": "trimtab.train.arguments",
     "run": "trimtab.train.launch",
 }
-__all__ = ["OnlineMergingMixin", "OptimizerPlan", "config_class", "run"]
+__all__ = ["DiagnosticsCallback", "OnlineMergingMixin", "OptimizerPlan", "config_class", "run"]
 
 
 def __getattr__(name: str) -> Any:

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from trimtab.errors import UserError
-from trimtab.train.optimizers import OptimizerPlan, diagnostics, unwrapped
+from trimtab.train.diagnostics_callback import DiagnosticsCallback
+from trimtab.train.optimizers import OptimizerPlan, unwrapped
 
 
 class OnlineMergingMixin:
@@ -18,7 +19,8 @@ class OnlineMergingMixin:
     ``optimizer_cls_and_kwargs``.
 
     Works in one process and with DDP, with gradient accumulation, mixed precision and activation
-    checkpointing.
+    checkpointing. What the optimizer measures about its merges comes into the logs
+    (:class:`~trimtab.train.diagnostics_callback.DiagnosticsCallback`).
 
     Args:
         *args: the trainer's own arguments.
@@ -39,10 +41,11 @@ class OnlineMergingMixin:
 
     def __init__(self, *args: Any, optimizer_plan: OptimizerPlan, **kwargs: Any) -> None:
         self.optimizer_plan = optimizer_plan
-        self._last_logged = 0
         self._scheduled: torch.optim.Optimizer | None = None
         super().__init__(*args, **kwargs)
         self._refuse_flat_parameters()
+        drift = optimizer_plan.drift
+        DiagnosticsCallback(expected=None if drift is None else drift.after).attach(self)
 
     def _refuse_flat_parameters(self) -> None:
         if self.is_deepspeed_enabled:
@@ -87,13 +90,3 @@ class OnlineMergingMixin:
                 )
                 self._created_lr_scheduler = True
         return super().create_scheduler(num_training_steps, optimizer)
-
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Add what the optimizer measured to a training log, then log as the trainer does."""
-        if "loss" in logs and self.optimizer is not None:
-            logs.update(diagnostics(unwrapped(self.optimizer), since=self._last_logged))
-            if self.optimizer_plan.drift is not None:
-                steps = {"step": self.state.global_step, "of": self.state.max_steps}
-                logs["merge/expected_drift"] = self.optimizer_plan.drift.after(**steps)
-            self._last_logged = self.state.global_step
-        super().log(logs, *args, **kwargs)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -111,27 +110,6 @@ def _maker(
         return lambda groups: OnlineMerging(torch.optim.AdamW(groups, **adam), delta, **merging)
     kind = {"ondare": OnDARE, "onties": OnTIES}[section.name]
     return lambda groups: kind(groups, delta, **adam, **given, seed=seed)
-
-
-def diagnostics(optimizer: torch.optim.Optimizer, since: int = 0) -> dict[str, float]:
-    """What a merging optimizer measured about its merges, by the names it is logged under; else nothing.
-
-    ``merge/weight`` and ``merge/reserve_rate`` are α and p of the first group; ``merge/arrived_delta`` and
-    ``merge/arrived_update`` the shares of α·F(τ) and (1 − α)·F(Δ) that were not lost to rounding.
-
-    Args:
-        optimizer: any optimizer.
-        since: the arriving shares are given only if they were measured after this step.
-    """
-    first = optimizer.param_groups[0]
-    if "merge_weight" not in first:
-        return {}
-    logs = {"merge/weight": float(first["merge_weight"]), "merge/reserve_rate": float(first["reserve_rate"])}
-    arrival = getattr(optimizer, "arrival", None)
-    if arrival is not None and arrival.step > since:
-        shares = {"merge/arrived_delta": arrival.delta, "merge/arrived_update": arrival.update}
-        logs |= {name: share for name, share in shares.items() if not math.isnan(share)}
-    return logs
 
 
 def unwrapped(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:

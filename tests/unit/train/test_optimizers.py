@@ -1,4 +1,4 @@
-"""From a recipe to optimizers, schedules and diagnostics."""
+"""From a recipe to optimizers and schedules."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import torch
 
 from tests import tiny
 from trimtab import OnDARE, OnlineMerging, OnTIES, ReferenceDelta, UserError
+from trimtab.optim.diagnostics import log_values
 from trimtab.recipe import make_recipe
-from trimtab.train.optimizers import OptimizerPlan, diagnostics
+from trimtab.train.optimizers import OptimizerPlan
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +52,7 @@ def test_adamw_is_torch_s_own(tiny_models: Any, policy: Any, tmp_path: Path) -> 
     decayed, plain = optimizer.param_groups
     assert [decayed["weight_decay"], plain["weight_decay"]] == [0.2, 0.0]
     assert all((g["lr"], g["betas"], g["eps"]) == (1e-4, (0.8, 0.9), 1e-7) for g in optimizer.param_groups)
-    assert diagnostics(optimizer) == {}
+    assert log_values(optimizer) == {}
 
 
 @pytest.mark.parametrize(("name", "kind"), [("ondare", OnDARE), ("onties", OnTIES)])
@@ -110,22 +111,6 @@ def test_schedules_scale_what_each_group_starts_with(
     factors, rates = [0.0, 0.5, 1.0, 0.5], [0.5, 0.4375, 0.375, 0.3125]
     expected = [[(1e-3 * f, p), (4e-3 * f, p)] for f, p in zip(factors, rates, strict=True)]
     assert [sorted(step) for step in seen] == [sorted(step) for step in expected]
-
-
-def test_diagnostics_give_arrival_only_once(tiny_models: Any, delta: Any, tmp_path: Path) -> None:
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(tiny_models[1])
-    section = {"name": "ondare", "lr": 1e-5, "reserve_rate": 0.5, "merge_weight": 1e-3}
-    optimizer = build(plan_for(tiny_models, delta, tmp_path, optimizer=section), model)
-    assert diagnostics(optimizer) == {"merge/weight": 1e-3, "merge/reserve_rate": 0.5}
-    for p in model.parameters():
-        p.grad = torch.ones_like(p)
-    optimizer.step()
-    shares = diagnostics(optimizer)
-    assert shares["merge/arrived_delta"] == optimizer.arrival.delta
-    assert 0.9 < shares["merge/arrived_update"] <= 1.0
-    assert set(diagnostics(optimizer, since=1)) == {"merge/weight", "merge/reserve_rate"}
 
 
 def test_a_pattern_without_parameters_is_refused_by_its_place_in_the_recipe(
