@@ -164,15 +164,15 @@ class OnlineMergingAdamW(MergingShell):
                 loss = closure()
         self._before_step()
         slots = [
-            self._prepared(name, p, group, settings)
-            for group in self.param_groups
-            for settings in [_Frame(self, group)]
+            self._prepared(name, p, frame)
+            for index, group in enumerate(self.param_groups)
+            for frame in [_Frame(self, index, group)]
             for name, p in zip(group["param_names"], group["params"], strict=True)
             if p.grad is not None and p.requires_grad
         ]
         if slots:
             torch._foreach_add_([slot.count for slot in slots], 1)
-        self._run(slots)
+        self._run(slots, self._steps() + 1)
         self._after_step()
         return loss
 
@@ -180,17 +180,17 @@ class OnlineMergingAdamW(MergingShell):
     def merge_now(self) -> int:
         """Merge what is pending in intervals of K > 1 steps. Returns the number of parameters merged."""
         slots = []
-        for group in self.param_groups:
-            frame = _Frame(self, group)
+        for index, group in enumerate(self.param_groups):
+            frame = _Frame(self, index, group)
             for name, p in zip(group["param_names"], group["params"], strict=True):
                 if self.state[p].get(SINCE, 0) > 0:
-                    slots.append(self._closing(self._slot(name, p, group), self.state[p], group, frame))
-        self._run(slots, measure=False)
+                    slots.append(self._closing(self._slot(name, p, frame), self.state[p], frame))
+        self._run(slots, self._steps())
         return len(slots)
 
-    def _prepared(self, name: str, p: Tensor, group: dict[str, Any], frame: _Frame) -> Slot:
+    def _prepared(self, name: str, p: Tensor, frame: _Frame) -> Slot:
         """The parameter's job with this step's fields set, and its interval one step further."""
-        slot = self._slot(name, p, group)
+        slot, group = self._slot(name, p, frame), frame.group
         job, step = slot.job, slot.steps + 1
         job.grad, job.anchor = local_of(dense_grad(slot.name, p)), None
         slot.steps = step
@@ -205,32 +205,30 @@ class OnlineMergingAdamW(MergingShell):
             self._open_interval(state, p, job)
         due = frame.moves and state[SINCE] + 1 >= group["merge_every"]
         if due:
-            return self._due(slot, state, group, frame, step)
+            return self._due(slot, state, frame, step)
         job.settings = frame.settings(step, False)
         state[SINCE] += int(frame.moves)
         state[DECAY] *= frame.decay
         return slot
 
-    def _due(
-        self, slot: Slot, state: dict[str, Any], group: dict[str, Any], frame: _Frame, step: int
-    ) -> Slot:
+    def _due(self, slot: Slot, state: dict[str, Any], frame: _Frame, step: int) -> Slot:
         """The last step of an interval: Δ_c against the anchor, and the next interval begins."""
         job = slot.job
         job.settings = frame.settings(step, True, reopen=True)
         job.anchor = local_of(state[ANCHOR])
         job.anchor_decay = state[DECAY] * (1.0 if job.settings.decay_after else frame.decay)
         if job.settings.merge:
-            self._give_delta(slot, group)
+            self._give_delta(slot, frame.group)
         state[DECAY], state[SINCE] = 1.0, 0
         return slot
 
-    def _closing(self, slot: Slot, state: dict[str, Any], group: dict[str, Any], frame: _Frame) -> Slot:
+    def _closing(self, slot: Slot, state: dict[str, Any], frame: _Frame) -> Slot:
         """The merge of an interval that is pending, without a step."""
         job = slot.job
         job.grad, job.anchor, job.anchor_decay = None, local_of(state[ANCHOR]), state[DECAY]
         job.settings = replace(frame.settings(slot.steps, True, reopen=True), decay=1.0)
         if job.settings.merge:
-            self._give_delta(slot, group)
+            self._give_delta(slot, frame.group)
         state[DECAY], state[SINCE] = 1.0, 0
         return slot
 
@@ -239,7 +237,7 @@ class OnlineMergingAdamW(MergingShell):
         state[ANCHOR] = anchor_like(p, state.get(RESIDUAL), job.stored)
         state[DECAY], state[SINCE] = 1.0, 0
 
-    def _slot(self, name: str, p: Tensor, group: dict[str, Any]) -> Slot:
+    def _slot(self, name: str, p: Tensor, frame: _Frame) -> Slot:
         """The parameter's slot: the one that was kept, if it still tells the truth."""
         slot, state = self._slots.get(p), self.state[p]
         if (
@@ -248,12 +246,12 @@ class OnlineMergingAdamW(MergingShell):
             or slot.count is not state.get("step")
             or slot.first is not state.get("exp_avg")
         ):
-            slot = self._slots[p] = self._new_slot(canonical_name(name), p, state, group)
+            slot = self._slots[p] = self._new_slot(canonical_name(name), p, state, frame)
         return slot
 
-    def _new_slot(self, name: str, p: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Slot:
+    def _new_slot(self, name: str, p: Tensor, state: dict[str, Any], frame: _Frame) -> Slot:
         rounding = resolve_rounding(self.merging.rounding, p.dtype)
-        self._init_state(state, p, group, rounding)
+        self._init_state(state, p, frame.group, rounding)
         local, layout, shards = local_part(p)
         greatest = state.get("max_exp_avg_sq")
         job = Job(
@@ -276,6 +274,7 @@ class OnlineMergingAdamW(MergingShell):
             first=state["exp_avg"],
             steps=int(state["step"]),
             merges=self.merging.merges(name),
+            group=frame.index,
         )
 
     def _init_state(
@@ -294,8 +293,8 @@ class OnlineMergingAdamW(MergingShell):
 class _Frame:
     """What one group's parameters share in one step."""
 
-    def __init__(self, optimizer: OnlineMergingAdamW, group: dict[str, Any]) -> None:
-        self.merging, self.group = optimizer.merging, group
+    def __init__(self, optimizer: OnlineMergingAdamW, index: int, group: dict[str, Any]) -> None:
+        self.merging, self.index, self.group = optimizer.merging, index, group
         self.after = self.merging.preset.decay == "after"
         self.outside = self.merging.preset.eps_placement == "outside"
         self.lr = float(group["lr"])

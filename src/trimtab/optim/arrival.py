@@ -5,10 +5,6 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass
 
-from torch import Tensor
-
-from trimtab.ops.kernels.sums import SUMS
-
 
 class PrecisionWarning(UserWarning):
     """Rounding swallows most of what the optimizer adds."""
@@ -27,17 +23,6 @@ class Arrival:
     step: int
     delta: float
     update: float
-
-
-def arrival_of(sums: Tensor, step: int) -> Arrival:
-    """The arriving shares, from the :data:`~trimtab.ops.kernels.sums.SUMS` of each parameter."""
-    total = dict(zip(SUMS, sums.sum(dim=0).tolist(), strict=True))
-
-    def share(what: str) -> float:
-        wanted = total[f"wanted_{what}"]
-        return total[f"arrived_{what}"] / wanted if wanted else float("nan")
-
-    return Arrival(step, delta=share("tau"), update=share("update"))
 
 
 def warn_if_lost(arrival: Arrival) -> bool:

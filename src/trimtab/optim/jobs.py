@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
@@ -16,6 +16,7 @@ from trimtab.ops.kernels.engine import Engine, engines_for
 from trimtab.ops.kernels.job import Job, Stored
 from trimtab.ops.kernels.torch_engine import TorchEngine
 from trimtab.ops.sparsify import Counting
+from trimtab.optim.settling import needs_others, step_shards
 
 Kernel = Literal["auto", "native", "triton", "torch"]
 KERNELS: tuple[Kernel, ...] = ("auto", "native", "triton", "torch")
@@ -33,6 +34,7 @@ class Slot:
         first: the state's first moment; likewise.
         steps: the value of ``count`` after the last step, so that it need not be read back.
         merges: whether the parameter has a delta.
+        group: index of its param group.
         rate: p at which ``job.tau`` was made; None before.
         engine: what runs the job.
     """
@@ -44,6 +46,7 @@ class Slot:
     first: Any = None
     steps: int = 0
     merges: bool = False
+    group: int = 0
     rate: float | None = None
     engine: Engine | None = None
 
@@ -88,30 +91,43 @@ class Runner:
             raise UserError(f"kernel {self.kernel!r} cannot step {job.name}: {what}; use kernel='auto'")
         return self._torch
 
-    def run(self, slots: Iterable[Slot], *, sums: Tensor | None = None) -> None:
+    def run(self, slots: Sequence[Slot], *, sums: Tensor | None = None) -> None:
         """Take the step of every slot's job.
 
         Args:
             slots: what to step, with all per-step fields of their jobs set.
             sums: float64 (slots, SUMS) to be filled with what is measured; None measures nothing.
         """
-        rows: dict[int, tuple[Engine, list[int], list[Job]]] = {}
-        for row, slot in enumerate(slots):
+        for slot in slots:
             if slot.engine is None:
                 slot.engine = self.engine_for(slot.job)
-            engine = slot.engine
-            if sums is not None and not engine.measures and slot.job.settings.merge:
-                engine = self._torch
-            _, places, jobs = rows.setdefault(id(engine), (engine, [], []))
-            places.append(row)
-            jobs.append(slot.job)
-        for engine, places, jobs in rows.values():
+        together = [i for i, slot in enumerate(slots) if needs_others(slot.job, self.operator)]
+        if together:
+            pairs = [(slots[i].job, self._running(slots[i], sums)) for i in together]
+            measured = None if sums is None else sums[together]
+            step_shards(pairs, self.operator, measured)
+            if sums is not None and measured is not None:
+                sums[together] = measured
+        apart = set(together)
+        by_engine: dict[int, tuple[Engine, list[int]]] = {}
+        for i, slot in enumerate(slots):
+            if i not in apart:
+                engine = self._running(slot, sums)
+                by_engine.setdefault(id(engine), (engine, []))[1].append(i)
+        for engine, rows in by_engine.values():
+            jobs = [slots[i].job for i in rows]
             if sums is None or not engine.measures:
                 engine.step(jobs, self.operator)
             else:
                 part = torch.zeros(len(jobs), sums.shape[1], dtype=torch.float64, device=sums.device)
                 engine.step(jobs, self.operator, part)
-                sums[places] = part
+                sums[rows] = part
+
+    def _running(self, slot: Slot, sums: Tensor | None) -> Engine:
+        """The slot's engine, or the one that measures where a merge is to be measured."""
+        assert slot.engine is not None
+        measures = sums is None or slot.engine.measures or not slot.job.settings.merge
+        return slot.engine if measures else self._torch
 
 
 @lru_cache(maxsize=4096)

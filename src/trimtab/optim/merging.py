@@ -58,6 +58,7 @@ class Merging:
     delta_storage: Storage = "auto"
     delta_device: Where = "parameter"
     _held: HeldDelta = field(init=False, repr=False)
+    _squares: dict[str, float] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 1 << 64:
@@ -176,6 +177,13 @@ class Merging:
     def prefetch(self, names: Sequence[str]) -> None:
         """Tell in which order the parameters will be stepped, so that a τ in host memory is under way."""
         self._held.prefetch(names)
+
+    def tau_squared(self, name: str) -> float:
+        """Σ τ² of one whole parameter."""
+        if name not in self._squares:
+            known = self.delta.statistics[name]
+            self._squares[name] = known.norm**2
+        return self._squares[name]
 
     def held_bytes(self) -> int:
         """Bytes that τ takes as it is held."""

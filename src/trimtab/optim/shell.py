@@ -9,15 +9,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from trimtab.errors import IncompatibleState, UserError, unknown
 from trimtab.ops import canonical_name
 from trimtab.ops.kernels.sums import SUMS
-from trimtab.optim.arrival import Arrival, arrival_of, warn_if_lost
+from trimtab.optim.arrival import Arrival, warn_if_lost
+from trimtab.optim.diagnostics import Diagnostics
 from trimtab.optim.jobs import Kernel, Runner, Slot
+from trimtab.optim.measuring import DiagnosticsMeter
 from trimtab.optim.merging import SINCE, Merging, named
+from trimtab.optim.sharding import ShardGroup, aligned_grad, refuse_flattened
 
 SCHEDULED = ("merge_weight", "reserve_rate")
 _IDENTITY, _CHECKED, _STEP = "merge_identity", "merge_policy_checked", "merge_step"
@@ -33,30 +35,36 @@ class MergingShell(Optimizer):
     merging: Merging
     measure_every: int
     _schedules: list[tuple[str, Callable[[int], float], int | None]]
-    _arrival: Arrival | None
+    _diagnostics: Diagnostics | None
     _warned: bool
     _names_checked: bool
-    _measure_from: int
 
     def _start(self, merging: Merging, measure_every: int, kernel: Kernel) -> None:
         self.merging, self.measure_every = merging, measure_every
         self._runner = Runner(kernel, merging.preset.operator)
-        self._schedules, self._arrival, self._warned = [], None, False
-        self._names_checked, self._measure_from = False, 0
+        self._meter = DiagnosticsMeter(merging.preset.operator, not merging.masked_once, measure_every)
+        self._schedules, self._diagnostics, self._warned = [], None, False
+        self._names_checked = False
         self._forget_jobs()
 
     def _forget_jobs(self) -> None:
         """Make all jobs anew: state or parameters may be other tensors now."""
         self._slots: dict[Tensor, Slot] = {}
+        self._entries: dict[int, int] = {}
 
     def _own_state(self) -> dict[str, Any]:
-        ours = ("merging", "measure_every", "_runner", "_schedules", "_arrival", "_warned", "_measure_from")
+        ours = ("merging", "measure_every", "_runner", "_meter", "_schedules", "_diagnostics", "_warned")
         return {key: self.__dict__[key] for key in ours} | {"_names_checked": False}
+
+    @property
+    def diagnostics(self) -> Diagnostics | None:
+        """What the last measured merge looked like; None before the first."""
+        return self._diagnostics
 
     @property
     def arrival(self) -> Arrival | None:
         """Shares of α·F(τ) and of Δ that arrived in the parameters, at the last step that measured them."""
-        return self._arrival
+        return None if self._diagnostics is None else self._diagnostics.arrival
 
     def merge_now(self) -> int:
         """Merge what is pending in intervals of K > 1 steps. Returns the number of parameters merged."""
@@ -88,6 +96,7 @@ class MergingShell(Optimizer):
         self._names_checked = False
 
     def _before_step(self) -> None:
+        refuse_flattened(self.param_groups)
         parameters = named(self.param_groups)
         if not self._names_checked:
             _refuse_unsupported(parameters)
@@ -99,18 +108,13 @@ class MergingShell(Optimizer):
                 self.merging.check_policy(named([group]))
                 group[_CHECKED] = True
         self._apply_schedules()
-        step = max((group[_STEP] for group in self.param_groups), default=0)
-        self._measures = bool(self.measure_every) and step >= self._measure_from
-        self._measured: Tensor | None = None
 
     def _after_step(self) -> None:
         for group in self.param_groups:
             group[_STEP] += 1
-        if self._measured is None:  # between merges there is nothing to measure: the next merge is
-            return
-        self._arrival = arrival_of(self._measured, max(group[_STEP] for group in self.param_groups))
-        self._measure_from = self._arrival.step - 1 + self.measure_every
-        self._warned = self._warned or warn_if_lost(self._arrival)
+
+    def _steps(self) -> int:
+        return max((group[_STEP] for group in self.param_groups), default=0)
 
     def _give_delta(self, slot: Slot, group: dict[str, Any]) -> None:
         """Give a job that merges its τ, where the one it has is not the right one."""
@@ -118,13 +122,53 @@ class MergingShell(Optimizer):
             self.merging.attach(slot.job, group)
             slot.rate = group["reserve_rate"]
 
-    def _run(self, slots: Sequence[Slot], *, measure: bool = True) -> None:
-        """Take the step of every job, and measure the merges where this step is to be measured."""
+    def _run(self, slots: Sequence[Slot], step: int) -> None:
+        """Take the step of every job, follow the drift, and measure the merges where that is due.
+
+        Args:
+            slots: what to step.
+            step: the optimizer's step that this belongs to, from 1.
+        """
+        merging = [slot for slot in slots if slot.job.settings.merge]
         sums = None
-        if measure and self._measures and any(slot.job.settings.merge for slot in slots):
+        if self._meter.begin(self.param_groups, step) and merging:
             sums = torch.zeros(len(slots), len(SUMS), dtype=torch.float64)
         self._runner.run(slots, sums=sums)
-        self._measured = sums
+        if merging:
+            self._note_merges(merging)
+        if sums is not None:
+            self._note_sums(slots, sums)
+        found = self._meter.end(self.param_groups)
+        if found is not None:
+            self._diagnostics = found
+            self._warned = self._warned or warn_if_lost(found.arrival)
+
+    def _note_merges(self, merging: Sequence[Slot]) -> None:
+        entries: dict[int, int] = {}
+        for slot in merging:
+            entries[slot.group] = entries.get(slot.group, 0) + slot.job.layout.total
+        for index, count in entries.items():
+            settings = next(slot.job.settings for slot in merging if slot.group == index)
+            share = count / max(self._entries_with_delta(index), 1)
+            self._meter.merges(index, settings.weights[1], settings.rate, share)
+
+    def _note_sums(self, slots: Sequence[Slot], sums: Tensor) -> None:
+        """Hand on what was measured, each row added up over the processes that share the parameter."""
+        shared: dict[ShardGroup, list[int]] = {}
+        for row, slot in enumerate(slots):
+            if slot.job.group is not None:
+                shared.setdefault(slot.job.group, []).append(row)
+        for group, rows in shared.items():
+            sums[rows] = group(sums[rows])
+        rows = [i for i, one in enumerate(slots) if one.job.settings.merge and self._meter.wants(one.group)]
+        squares = [self.merging.tau_squared(slots[i].name) for i in rows]
+        self._meter.add([slots[i].group for i in rows], sums[rows], squares)
+
+    def _entries_with_delta(self, index: int) -> int:
+        if index not in self._entries:
+            found = [p.numel() for name, p in named([self.param_groups[index]]) if self.merging.merges(name)]
+            self._entries[index] = sum(found)
+        return self._entries[index]
 
     def _apply_schedules(self) -> None:
         for key, fn, only in self._schedules:
@@ -228,10 +272,6 @@ def _check_saved_names(group: int, ours: Sequence[str], saved: Sequence[str]) ->
 
 def _refuse_unsupported(parameters: Iterable[tuple[str, Tensor]]) -> None:
     for name, p in parameters:
-        if isinstance(p, DTensor):
-            raise UserError(
-                f"{name} is sharded (DTensor): online merging runs on unsharded parameters (DDP) so far"
-            )
         if not p.dtype.is_floating_point or p.dtype.itemsize < 2:
             raise UserError(
                 f"{name} has dtype {p.dtype}; online merging trains fp64, fp32, bf16 and fp16 parameters"
@@ -248,10 +288,10 @@ def moves(group: dict[str, Any]) -> bool:
 
 
 def dense_grad(name: str, p: Tensor) -> Tensor:
-    """The parameter's gradient; a sparse one is refused."""
-    assert p.grad is not None
-    if p.grad.layout != torch.strided:
+    """The parameter's gradient, sharded as the parameter is; a sparse one is refused."""
+    grad = aligned_grad(p)
+    if grad.layout != torch.strided:
         raise UserError(
             f"{name} has a sparse gradient; online merging needs dense ones (Embedding(sparse=False))"
         )
-    return p.grad
+    return grad

@@ -20,7 +20,7 @@ from trimtab.ops.masks import ROUNDING, MaskKey, Place
 from trimtab.optim.jobs import Kernel, Slot, stored_as
 from trimtab.optim.merging import ANCHOR, DECAY, SINCE, Merging, weights
 from trimtab.optim.precision import RESIDUAL, Rounding, anchor_like, residual_like, resolve_rounding
-from trimtab.optim.sharding import local_of, local_part
+from trimtab.optim.sharding import local_of, local_part, set_data
 from trimtab.optim.shell import MergingShell, moves
 
 if TYPE_CHECKING:
@@ -258,7 +258,7 @@ class OnlineMerging(MergingShell):
         for name, p, group in self._parameters():
             if self.state[p].get(SINCE, 0) > 0:
                 master = self._master(p)
-                self._run([self._closing(name, p, group, master, p)], measure=False)
+                self._run([self._closing(name, p, group, master, p)], self._steps())
                 if master is not p:
                     self._write(name, p, p.detach(), master)
                 merged += 1
@@ -284,7 +284,8 @@ class OnlineMerging(MergingShell):
         skipped = found_inf is not None and bool(found_inf)
         moved = [] if skipped else [each for each in self._parameters() if each[1].grad is not None]
         slots = [slot for name, p, group in moved for slot in [self._advance(name, p, group)] if slot]
-        self._run(slots)
+        if not skipped:
+            self._run(slots, self._steps() + 1)
         for name, p, _group in moved:
             if p in self._swapped:
                 self._store_swapped(name, p)
@@ -330,7 +331,7 @@ class OnlineMerging(MergingShell):
         master: Tensor | None = None,
         reopen: bool = False,
     ) -> Slot:
-        slot = self._slot(name, p, p if master is None else master, stored)
+        slot = self._slot(name, p, p if master is None else master, stored, group)
         merge = not self.merging.skips(name, group)
         slot.job.settings = Settings(
             merge=merge,
@@ -344,7 +345,7 @@ class OnlineMerging(MergingShell):
             self._give_delta(slot, group)
         return slot
 
-    def _slot(self, name: str, p: Tensor, master: Tensor, stored: Tensor) -> Slot:
+    def _slot(self, name: str, p: Tensor, master: Tensor, stored: Tensor, group: dict[str, Any]) -> Slot:
         """The parameter's slot: the one that was kept, if it still tells the truth."""
         local, layout, shards = local_part(master)
         slot = self._slots.get(p)
@@ -359,7 +360,8 @@ class OnlineMerging(MergingShell):
                 update_dtype=update_dtype(stored.dtype),
                 kept_dtype=stored.dtype if self._rounding(stored) == "nearest" else master.dtype,
             )
-            slot = self._slots[p] = Slot(name, job, local.data_ptr(), merges=True)
+            index = next(i for i, one in enumerate(self.param_groups) if one is group)
+            slot = self._slots[p] = Slot(name, job, local.data_ptr(), merges=True, group=index)
         return slot
 
     # -- masters of parameters below fp32, and of those with a rounding help
@@ -383,7 +385,7 @@ class OnlineMerging(MergingShell):
         weight, grad = p.data, p.grad
         self._swapped[p] = (weight, grad)
         p.grad = None
-        p.data = master
+        set_data(p, master)
         p.grad = None if grad is None else grad.to(master.dtype)
 
     def _store_swapped(self, name: str, p: Tensor) -> None:
@@ -391,7 +393,7 @@ class OnlineMerging(MergingShell):
         weight, grad = self._swapped.pop(p)
         master = p.data
         p.grad = None
-        p.data = weight
+        set_data(p, weight)
         p.grad = grad
         self._write(name, p, weight, master)
 
@@ -414,7 +416,7 @@ class OnlineMerging(MergingShell):
         """Undo :meth:`_hide_gradient`, and :meth:`_show_master` where a step did not come to its end."""
         for p, (weight, grad) in self._swapped.items():
             p.grad = None
-            p.data = weight
+            set_data(p, weight)
             p.grad = grad
         self._swapped = {}
 

@@ -440,15 +440,14 @@ def test_a_step_that_gradient_scaling_skips_inside_a_fused_optimizer_merges_noth
     assert {state["merge_count"] for state in optimizer.state.values()} == {1}
 
 
-@pytest.mark.parametrize("make", [onties, lambda *args: ondare(*args, fidelity="released")])
-def test_tau_is_not_kept_beside_its_sparsified_self_unless_p_moves(make, policy, delta):
-    optimizer = make(policy, delta)
-    for t in range(2):
-        take_step(policy, optimizer, t)
-    assert (len(optimizer.merging._fixed), len(optimizer.merging._tau)) == (4, 0)
-    optimizer.param_groups[0]["reserve_rate"] = 0.25
-    take_step(policy, optimizer, 2)
-    assert (len(optimizer.merging._fixed), len(optimizer.merging._tau)) == (4, 4)
+@pytest.mark.parametrize("make", [onties, lambda *args, **kw: ondare(*args, fidelity="released", **kw)])
+def test_of_a_fixed_mask_only_what_it_keeps_is_held(make, policy, delta):
+    optimizer = make(policy, delta, reserve_rate=0.1)
+    whole = sum(4 * p.numel() for p in policy.parameters())
+    for rate in (0.1, 0.2):  # held anew for another p, and not beside the old one
+        optimizer.param_groups[0]["reserve_rate"] = rate
+        take_step(policy, optimizer, 0)
+        assert 0 < optimizer.merging.held_bytes() < whole / 2
 
 
 @pytest.mark.parametrize("make", [ondare, around_sgd])

@@ -76,7 +76,7 @@ class TorchEngine:
             else:
                 terms = agreeing_terms(kept, settings.weights, operator.consensus)
                 bracket = terms[0] + terms[1]
-                sums += measure(base, update, *kept, terms, parts.kept_dtype).to(sums.device)
+                sums += measure(base, update, kept[0], kept[1], terms, parts.kept_dtype).to(sums.device)
             master = base + bracket
             if settings.decay_after and settings.decay != 1:
                 master.mul_(settings.decay)
@@ -133,7 +133,8 @@ def _thinning(job: Job, operator: Operator, which: int, whole: Tensor | None) ->
     else:
         cut = job.cuts[which]
         if cut is None:
-            assert whole is not None and job.layout.is_whole
+            assert whole is not None
+            assert job.layout.is_whole
             cut = top_cut(whole, job.count)
         how = Thinning(rate, cut=cut)
     if operator.rescale == "none":
@@ -142,7 +143,8 @@ def _thinning(job: Job, operator: Operator, which: int, whole: Tensor | None) ->
         return replace(how, factor=1.0 / rate)
     if job.factors is not None:
         return replace(how, factor=job.factors[which])
-    assert whole is not None and job.layout.is_whole
+    assert whole is not None
+    assert job.layout.is_whole
     return replace(how, factor=l1_factor(whole, thin([whole], [how])[0]))
 
 
@@ -165,6 +167,7 @@ class _Parts:
             yield low, min(low + size, self.job.layout.numel)
 
     def master(self, low: int, high: int) -> Tensor:
+        assert self.param is not None
         residual = None if self.residual is None else self.residual[low:high]
         return read_master(self.param[low:high], residual, self.job.stored)
 
@@ -219,6 +222,7 @@ class _Parts:
     def store(self, low: int, high: int, master: Tensor) -> None:
         """Write the new master of a chunk, and open the next interval with it where the settings say so."""
         job = self.job
+        assert self.param is not None
         residual = None if self.residual is None else self.residual[low:high]
         key = MaskKey(job.seed, ROUNDING, job.settings.step, job.name)
         write_master(self.param[low:high], residual, master, job.stored, key, Place(job.layout, low))
