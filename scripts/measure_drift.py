@@ -39,6 +39,7 @@ from trimtab.lab.dpo import tune
 from trimtab.lab.measure import capability_tasks, greedy_answers, reward_tasks
 from trimtab.lab.methods import Plan, prepare
 from trimtab.optim import OnDARE
+from trimtab.optim.diagnostics import drift
 
 OUT = Path(__file__).parent.parent / "benchmarks" / "results" / "drift.json"
 AWAY = (-0.1, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6, 0.8, 1.2)
@@ -76,16 +77,16 @@ def extrapolated(seed: int, shares: Sequence[float]) -> dict[float, Outcome]:
     return found
 
 
-def trained(seed: int, drift: float, plan: Plan) -> tuple[Outcome, float]:
-    """Outcome of a DPO run with OnDARE whose merges add up to ``drift``, and its CPU seconds."""
-    start, began = prepare(seed), time.process_time()
+def trained(seed: int, x: float, plan: Plan) -> tuple[Outcome, float]:
+    """Outcome of a DPO run with OnDARE whose merges add up to x, and the drift as the optimizer has it."""
+    start = prepare(seed)
     model = copy.deepcopy(start.sft)
     optimizer = OnDARE(
         model.named_parameters(),
         start.delta,
         lr=plan.ondare_lr,
         reserve_rate=plan.reserve_rate,
-        merge_weight=drift / (plan.reserve_rate * plan.steps),
+        merge_weight=x / (plan.reserve_rate * plan.steps),
     )
     run = tune(
         model,
@@ -98,7 +99,7 @@ def trained(seed: int, drift: float, plan: Plan) -> tuple[Outcome, float]:
     )
     for _ in run:
         pass
-    return Outcome.of(model), time.process_time() - began
+    return Outcome.of(model), drift(optimizer.param_groups)
 
 
 def compared(x: float, ours: Sequence[Outcome], theirs: Sequence[Outcome]) -> dict[str, Any]:
@@ -159,14 +160,15 @@ def measure(seeds: Sequence[int], plan: Plan, report: Callable[[str], None]) -> 
     away = {seed: extrapolated(seed, AWAY) for seed in seeds}
     report(f"extrapolation measured, {time.process_time() - began:.0f} CPU s")
     runs: dict[float, list[Outcome]] = {}
-    for drift in (0.0, *TRAINED):
-        found = [trained(seed, drift, plan) for seed in seeds]
-        runs[drift] = [outcome for outcome, _ in found]
-        report(f"trained to a drift of {drift}, {sum(seconds for _, seconds in found):.0f} CPU s")
+    drifts: dict[float, float] = {}
+    for x in (0.0, *TRAINED):
+        found = [trained(seed, x, plan) for seed in seeds]
+        runs[x], drifts[x] = [outcome for outcome, _ in found], fmean(far for _, far in found)
+        report(f"trained to a drift of {x}, {time.process_time() - began:.0f} CPU s")
     extrapolation = [
         compared(x, [away[s][x] for s in seeds], [away[s][0.0] for s in seeds]) for x in (0.0, *AWAY)
     ]
-    training = [compared(x, runs[x], runs[0.0]) for x in (0.0, *TRAINED)]
+    training = [compared(x, runs[x], runs[0.0]) | {"drift": round(drifts[x], 4)} for x in (0.0, *TRAINED)]
     return {
         "what": "where drift begins to do harm, on the lab's models",
         "seeds": list(seeds),

@@ -176,9 +176,14 @@ class DiagnosticsMeter:
         self._step, self._due = 0, frozenset[int]()
         self._merged: dict[int, tuple[float, float, float]] = {}
         self._rows: list[tuple[Sequence[int], Tensor, Sequence[float]]] = []
+        self._advanced: dict[int, _Advanced] = {}
 
     def begin(self, groups: Sequence[dict[str, Any]], step: int) -> bool:
-        """Open step number ``step`` (from 1). Returns whether any group's merges are to be measured in it."""
+        """Open step number ``step`` (from 1). Returns whether any group's merges are to be measured in it.
+
+        A step may be opened again for parameters of which it has not seen a merge yet (``merge_now``); that
+        is not measured.
+        """
         self._step, self._merged, self._rows = step, {}, []
         for group in groups:
             for key, value in _FRESH.items():
@@ -188,7 +193,8 @@ class DiagnosticsMeter:
 
     def _is_due(self, group: Mapping[str, Any]) -> bool:
         last = group[MEASURED]
-        return self.every > 0 and (last == 0 or self._step >= last + self.every)
+        again = self._step <= group.get("merge_step", 0)
+        return self.every > 0 and not again and (last == 0 or self._step >= last + self.every)
 
     def wants(self, group: int) -> bool:
         """Whether merges of this group are to be measured in this step."""
@@ -225,7 +231,7 @@ class DiagnosticsMeter:
             for i in measured:
                 self._keep(i, groups[i], table[i])
         for i, (weight, rate, share) in self._merged.items():
-            self._advance(groups[i], weight, rate, min(share, 1.0))
+            self._advance(i, groups[i], weight, rate, share)
         self._due, self._merged, self._rows = frozenset(), {}, []
         return self._result(groups) if measured else None
 
@@ -251,11 +257,16 @@ class DiagnosticsMeter:
         if self.operator.consensus != "linear" and math.isfinite(surviving):
             group[SURVIVING] = min(surviving, 1.0)
 
-    def _advance(self, group: dict[str, Any], weight: float, rate: float, share: float) -> None:
+    def _advance(self, index: int, group: dict[str, Any], weight: float, rate: float, share: float) -> None:
+        start, last = (group[ALONG], group[SPREAD]), self._advanced.get(index)
+        if last is not None and last.step == self._step and last.end == start:
+            # Other parameters of the group have merged in this step: they count together.
+            start, share = last.start, share + last.share
         mean, square = one_merge(self.operator, self.redraw, rate, group[KEPT])
-        survived = group[SURVIVING] * share
-        group[ALONG] += weight * mean * math.sqrt(survived)
-        group[SPREAD] += weight**2 * survived * max(square - mean**2, 0.0)
+        survived = group[SURVIVING] * min(share, 1.0)
+        group[ALONG] = start[0] + weight * mean * math.sqrt(survived)
+        group[SPREAD] = start[1] + weight**2 * survived * max(square - mean**2, 0.0)
+        self._advanced[index] = _Advanced(self._step, share, start, (group[ALONG], group[SPREAD]))
 
     def _result(self, groups: Sequence[Mapping[str, Any]]) -> Diagnostics:
         each = tuple(
@@ -267,6 +278,16 @@ class DiagnosticsMeter:
         together = [latest.weighted() for latest in self._latest.values()]
         total = {name: sum(sums[name] for sums in together) for name in together[0]}
         return _diagnostics(self._step, total, drift(groups), each)
+
+
+@dataclass(frozen=True)
+class _Advanced:
+    """A group's last merge: its step, how much of the group it was, and (along, spread) before and after."""
+
+    step: int
+    share: float
+    start: tuple[float, float]
+    end: tuple[float, float]
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from trimtab import OnDARE, OnlineMerging, OnTIES, ReferenceDelta
 from trimtab.ops import DELTA, UPDATE, MaskKey, Operator, agreeing_terms, sparsify
 from trimtab.ops.kernels.sums import measure, squared_norm
 from trimtab.optim.diagnostics import drift
@@ -278,3 +279,125 @@ def test_groups_that_merge_in_parts_and_parameters_in_rows_add_up() -> None:
         assert getattr(results[1], field) == pytest.approx(getattr(results[0], field), rel=1e-12), field
     assert states[0] == pytest.approx(states[1], rel=1e-12)
     assert results[0].drift == pytest.approx(0.3)
+
+
+def test_a_step_that_is_opened_again_counts_once_and_one_that_is_repeated_too() -> None:
+    meter, groups = DiagnosticsMeter(Operator("none"), redraw=True), list[dict[str, Any]]([{"merge_step": 0}])
+
+    def merge(step: int, share: float) -> None:
+        meter.begin(groups, step)
+        meter.merges(0, 0.1, 1.0, share)
+        meter.end(groups)
+
+    merge(1, 1.0)
+    saved = dict(groups[0])
+    for _ in range(4):
+        merge(2, 0.25)
+    assert groups[0]["merge_drift_along"] == pytest.approx(0.2)
+    groups[:] = [saved]  # back to an earlier state, as load_state_dict does
+    merge(2, 1.0)
+    assert groups[0]["merge_drift_along"] == pytest.approx(0.2)
+    groups[0]["merge_step"] = 2
+    assert meter.begin(groups, 3)
+    assert not meter.begin(groups, 2)
+
+
+# -- in the optimizers
+
+
+def linear_layers(seed: int) -> torch.nn.Module:
+    torch.manual_seed(seed)
+    return torch.nn.Sequential(torch.nn.Linear(120, 90), torch.nn.Linear(90, 60)).double()
+
+
+def set_grads(model: torch.nn.Module, step: int, scale: float) -> None:
+    generator = torch.Generator().manual_seed(step)
+    for p in model.parameters():
+        p.grad = torch.randn(p.shape, generator=generator, dtype=torch.float64) * scale
+
+
+def flat(model: torch.nn.Module) -> Tensor:
+    return torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+
+
+Build = Callable[[torch.nn.Module, ReferenceDelta], Any]
+COMMON: dict[str, Any] = {"merge_weight": 3e-3, "reserve_rate": 0.3, "measure_every": 4}
+BUILDS: dict[str, Build] = {
+    "ondare": lambda m, d: OnDARE(m.named_parameters(), d, lr=1e-3, **COMMON),
+    "ondare released": lambda m, d: OnDARE(m.named_parameters(), d, lr=1e-3, fidelity="released", **COMMON),
+    "onties": lambda m, d: OnTIES(m.named_parameters(), d, lr=1e-3, **COMMON),
+    "onties of 3 steps": lambda m, d: OnTIES(m.named_parameters(), d, lr=1e-3, merge_every=3, **COMMON),
+    "around sgd": lambda m, d: OnlineMerging(
+        torch.optim.SGD(m.named_parameters(), lr=0.1), d, sparsify="top", consensus="linear", **COMMON
+    ),
+    "around sgd of 4 steps": lambda m, d: OnlineMerging(
+        torch.optim.SGD(m.named_parameters(), lr=0.1), d, merge_every=4, rescale="expected", **COMMON
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", BUILDS)
+def test_the_drift_of_an_optimizer_is_how_far_it_went(kind: str) -> None:
+    """Without gradients all that moves is α·F(τ). What is pending at the end is merged, after a resume."""
+    model, base = linear_layers(1), linear_layers(0)
+    delta = ReferenceDelta.between(reference=model, base=base)
+    start, tau = flat(model), flat(model) - flat(base)
+    optimizer = BUILDS[kind](model, delta)
+    for step in range(1, 12):
+        if step == 7:
+            saved = optimizer.state_dict()
+            optimizer = BUILDS[kind](model, delta)
+            optimizer.load_state_dict(saved)
+        set_grads(model, step, 0.0)
+        optimizer.step()
+    optimizer.merge_now()
+    exact = float((flat(model) - start).norm() / tau.norm())
+    random = ("dare" in kind and "released" not in kind) or kind == "around sgd of 4 steps"
+    assert drift(optimizer.param_groups) == pytest.approx(exact, rel=0.02 if random else 1e-6)
+    assert optimizer.diagnostics.step == (9 if "3 steps" in kind else 8 if "4 steps" in kind else 9)
+
+
+def test_diagnostics_of_a_step_are_those_of_its_vectors() -> None:
+    """Around SGD without F: Δ = −lr·g and F(τ) = τ, so that everything can be worked out beside it."""
+    model, base = linear_layers(1), linear_layers(0)
+    delta = ReferenceDelta.between(reference=model, base=base)
+    tau = flat(model) - flat(base)
+    named = list(model.named_parameters())
+    groups = [{"params": named[:1], "merge_weight": 0.25}, {"params": named[1:], "merge_weight": 0.5}]
+    sgd = torch.optim.SGD(groups, lr=0.1)
+    optimizer = OnlineMerging(sgd, delta, sparsify="none", consensus="sign", reserve_rate=1.0)
+    set_grads(model, 1, 0.3)
+    update = torch.cat([-0.1 * p.grad.reshape(-1) for p in model.parameters()])
+    optimizer.step()
+    cut = named[0][1].numel()
+    alpha = torch.full_like(tau, 0.5)
+    alpha[:cut] = 0.25
+    one, other = (1 - alpha) * update, alpha * tau
+    found = optimizer.diagnostics
+    assert found.update == found.kept_update == pytest.approx(float(update.norm()))
+    assert found.delta == pytest.approx(float(other.norm()))
+    assert found.cosine == pytest.approx(float(torch.cosine_similarity(one, other, dim=0)))
+    assert found.conflicts == pytest.approx(float((one * other < 0).double().mean()))
+    wins = (one + other).sign() == other.sign()
+    assert found.survived == pytest.approx(float((other[wins].norm() / other.norm()) ** 2))
+    assert [one.update for one in found.groups] == pytest.approx(
+        [float(update[:cut].norm()), float(update[cut:].norm())]
+    )
+    assert found.arrived_delta > 0.999
+    assert found.drift == pytest.approx(float(other[wins].norm() / tau.norm()))
+
+
+def test_the_measuring_steps_are_the_same_after_a_resume() -> None:
+    model, base = linear_layers(1), linear_layers(0)
+    delta = ReferenceDelta.between(reference=model, base=base)
+    optimizer, steps = BUILDS["onties"](model, delta), []
+    for step in range(1, 15):
+        if step == 7:
+            saved = optimizer.state_dict()
+            optimizer = BUILDS["onties"](model, delta)
+            optimizer.load_state_dict(saved)
+            assert optimizer.diagnostics is None
+        set_grads(model, step, 1.0)
+        optimizer.step()
+        steps.append(optimizer.diagnostics.step if optimizer.diagnostics else None)
+    assert steps == [1, 1, 1, 1, 5, 5, None, None, 9, 9, 9, 9, 13, 13]
