@@ -180,9 +180,8 @@ class Merging:
 
     def tau_squared(self, name: str) -> float:
         """Σ τ² of one whole parameter."""
-        if name not in self._squares:
-            known = self.delta.statistics[name]
-            self._squares[name] = known.norm**2
+        if not self._squares:
+            self._squares = {known: one.norm**2 for known, one in self.delta.statistics.items()}
         return self._squares[name]
 
     def held_bytes(self) -> int:

@@ -50,7 +50,7 @@ class MergingShell(Optimizer):
     def _forget_jobs(self) -> None:
         """Make all jobs anew: state or parameters may be other tensors now."""
         self._slots: dict[Tensor, Slot] = {}
-        self._entries: dict[int, int] = {}
+        self._entries: dict[int, tuple[int, int]] = {}
 
     def _own_state(self) -> dict[str, Any]:
         ours = ("merging", "measure_every", "_runner", "_meter", "_schedules", "_diagnostics", "_warned")
@@ -130,8 +130,9 @@ class MergingShell(Optimizer):
             step: the optimizer's step that this belongs to, from 1.
         """
         merging = [slot for slot in slots if slot.job.settings.merge]
-        sums = None
-        if self._meter.begin(self.param_groups, step) and merging:
+        due, sums = self._meter.begin(self.param_groups, step), None
+        # A group may stay due for ever: one that never merges. Others must not be measured in its stead.
+        if due and any(self._meter.wants(slot.group) for slot in merging):
             sums = torch.zeros(len(slots), len(SUMS), dtype=torch.float64)
         self._runner.run(slots, sums=sums)
         if merging:
@@ -144,12 +145,15 @@ class MergingShell(Optimizer):
             self._warned = self._warned or warn_if_lost(found.arrival)
 
     def _note_merges(self, merging: Sequence[Slot]) -> None:
-        entries: dict[int, int] = {}
+        """Tell the meter which groups merge, and how much of each: all of it, in almost every step."""
+        by_group: dict[int, list[Slot]] = {}
         for slot in merging:
-            entries[slot.group] = entries.get(slot.group, 0) + slot.job.layout.total
-        for index, count in entries.items():
-            settings = next(slot.job.settings for slot in merging if slot.group == index)
-            share = count / max(self._entries_with_delta(index), 1)
+            by_group.setdefault(slot.group, []).append(slot)
+        for index, slots in by_group.items():
+            count, entries = self._with_delta(index)
+            partly = len(slots) < count
+            share = sum(slot.job.layout.total for slot in slots) / max(entries, 1) if partly else 1.0
+            settings = slots[0].job.settings
             self._meter.merges(index, settings.weights[1], settings.rate, share)
 
     def _note_sums(self, slots: Sequence[Slot], sums: Tensor) -> None:
@@ -164,10 +168,15 @@ class MergingShell(Optimizer):
         squares = [self.merging.tau_squared(slots[i].name) for i in rows]
         self._meter.add([slots[i].group for i in rows], sums[rows], squares)
 
-    def _entries_with_delta(self, index: int) -> int:
+    def _with_delta(self, index: int) -> tuple[int, int]:
+        """How many parameters with a delta a group has, and how many entries they have."""
         if index not in self._entries:
-            found = [p.numel() for name, p in named([self.param_groups[index]]) if self.merging.merges(name)]
-            self._entries[index] = sum(found)
+            own = [
+                p.numel()
+                for name, p in named([self.param_groups[index]])
+                if p.requires_grad and self.merging.merges(name)
+            ]
+            self._entries[index] = len(own), sum(own)
         return self._entries[index]
 
     def _apply_schedules(self) -> None:

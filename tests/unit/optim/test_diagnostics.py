@@ -401,3 +401,23 @@ def test_the_measuring_steps_are_the_same_after_a_resume() -> None:
         optimizer.step()
         steps.append(optimizer.diagnostics.step if optimizer.diagnostics else None)
     assert steps == [1, 1, 1, 1, 5, 5, None, None, 9, 9, 9, 9, 13, 13]
+
+
+def test_only_merges_that_are_due_cost_a_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A group that never merges (α = 0 and no F) has nothing to measure, and stays due for ever."""
+    model, base = linear_layers(1), linear_layers(0)
+    delta = ReferenceDelta.between(reference=model, base=base)
+    named = list(model.named_parameters())
+    groups = [{"params": named[:2]}, {"params": named[2:], "merge_weight": 0.0, "reserve_rate": 1.0}]
+    optimizer = OnDARE(groups, delta, lr=1e-3, **COMMON)
+    measured: list[int] = []
+    monkeypatch.setattr(
+        "trimtab.ops.kernels.torch_engine.measure", lambda *a: measured.append(step) or measure(*a)
+    )
+    for step in range(1, 11):
+        set_grads(model, step, 1.0)
+        optimizer.step()
+    assert measured == [1, 1, 5, 5, 9, 9]
+    assert optimizer.diagnostics.groups[1] is None
+    assert optimizer.diagnostics.groups[0].update == optimizer.diagnostics.update
+    assert drift(optimizer.param_groups) == drift(optimizer.param_groups[:1]) > 0
