@@ -76,7 +76,14 @@ class OnlineMergingAdamW(MergingShell):
         delta_device: Where = "parameter",
         state_dtype: StateDtype = "float32",
         kernel: Kernel = "auto",
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
     ) -> None:
+        refused = {"capturable": capturable, "differentiable": differentiable}
+        for name in [name for name, wanted in refused.items() if wanted]:
+            raise UserError(f"{type(self).__name__} has no {name} step; leave {name} out")
         if fidelity not in FIDELITIES:
             raise unknown("fidelity", fidelity, FIDELITIES)
         if not lr >= 0:
@@ -155,8 +162,9 @@ class OnlineMergingAdamW(MergingShell):
         self._restore_dtypes(state_dict)
         self._forget_jobs()
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Take one step. ``closure`` re-evaluates the model and returns the loss."""
         loss = None
         if closure is not None:
@@ -243,8 +251,8 @@ class OnlineMergingAdamW(MergingShell):
         if (
             slot is None
             or slot.pointer != local_of(p).data_ptr()
-            or slot.count is not state.get("step")
-            or slot.first is not state.get("exp_avg")
+            or slot.group != frame.index
+            or any(state.get(key) is not value for key, value in slot.made_from.items())
         ):
             slot = self._slots[p] = self._new_slot(canonical_name(name), p, state, frame)
         return slot
@@ -271,7 +279,7 @@ class OnlineMergingAdamW(MergingShell):
             job,
             local.data_ptr(),
             count=state["step"],
-            first=state["exp_avg"],
+            made_from={key: state[key] for key in _JOB_STATE if key in state},
             steps=int(state["step"]),
             merges=self.merging.merges(name),
             group=frame.index,
@@ -281,13 +289,17 @@ class OnlineMergingAdamW(MergingShell):
         self, state: dict[str, Any], p: Tensor, group: dict[str, Any], rounding: Rounding
     ) -> None:
         if "step" not in state:
-            state["step"] = torch.tensor(0.0, dtype=torch.float32)
+            state["step"] = torch.tensor(0.0, dtype=torch.float32, device="cpu")
             state["exp_avg"] = moments.new_moment(p, self.state_dtype, signed=True)
             state["exp_avg_sq"] = moments.new_moment(p, self.state_dtype, signed=False)
             if group["amsgrad"]:
                 state["max_exp_avg_sq"] = torch.zeros_like(p, dtype=update_dtype(p.dtype))
         if rounding == "residual" and RESIDUAL not in state:
             state[RESIDUAL] = residual_like(p)
+
+
+_JOB_STATE = ("step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", RESIDUAL)
+"""State that jobs hold; where a state holds another tensor under one of these keys, its job is made anew."""
 
 
 class _Frame:
@@ -365,13 +377,18 @@ class OnDARE(OnlineMergingAdamW):
         measure_every: steps between measurements of the arriving share (``opt.arrival``); 0 turns it off.
         amsgrad: as in torch.optim.AdamW.
         maximize: as in torch.optim.AdamW.
-        delta_storage: how τ is held: ``float32``, ``bfloat16``, ``int8`` (a scale per 128 entries), ``sparse``
-            (where F(τ) is fixed: indices and values, exact); ``auto`` is sparse where F(τ) is fixed and keeps at
-            most a quarter, else as the parameter needs.
+        delta_storage: how τ is held: ``float32``, ``bfloat16``, ``int8`` (a scale per 128 entries), or
+            ``sparse`` (where F(τ) is fixed: indices and values, exact); ``auto`` is sparse where F(τ) is
+            fixed and keeps at most a quarter, else as the parameter needs.
         delta_device: ``parameter``, or ``host``: pinned memory, copied one parameter ahead.
-        state_dtype: Adam's moments in ``float32``, ``bfloat16`` (rounded stochastically) or ``int8`` (torchao's).
-        kernel: ``auto`` takes the fastest engine that can run a parameter; ``native``, ``triton`` and ``torch``
-            name one. All give the same numbers.
+        state_dtype: Adam's moments in ``float32``, ``bfloat16`` (rounded stochastically) or ``int8``
+            (torchao's).
+        kernel: ``auto`` takes the fastest engine that can run a parameter; ``native``, ``triton`` and
+            ``torch`` name one. All give the same numbers.
+        foreach: accepted for torch.optim.AdamW's sake; ``kernel`` chooses the implementation.
+        fused: likewise.
+        capturable: False only: the step count that keys the masks is the host's.
+        differentiable: False only.
         force_merge: run the arithmetic even where it is the identity; for tests.
 
     Raises:

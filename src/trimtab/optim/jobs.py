@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -30,8 +30,8 @@ class Slot:
         name: canonical name.
         job: its job.
         pointer: address of the parameter's storage when the job was made.
-        count: the state's step count, a tensor. When the state holds another one, the job is stale.
-        first: the state's first moment; likewise.
+        count: the state's step count, a tensor.
+        made_from: the state that the job holds; where the state has another tensor now, the job is stale.
         steps: the value of ``count`` after the last step, so that it need not be read back.
         merges: whether the parameter has a delta.
         group: index of its param group.
@@ -43,7 +43,7 @@ class Slot:
     job: Job
     pointer: int
     count: Any = None
-    first: Any = None
+    made_from: Mapping[str, Any] = field(default_factory=dict)
     steps: int = 0
     merges: bool = False
     group: int = 0

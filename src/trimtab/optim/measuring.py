@@ -237,10 +237,10 @@ class DiagnosticsMeter:
 
     def _table(self, count: int) -> list[list[float]]:
         """Per group: the sums over its rows, and Σ τ²."""
-        table = torch.zeros(count, len(SUMS) + 1, dtype=torch.float64)
+        table = torch.zeros(count, len(SUMS) + 1, dtype=torch.float64, device="cpu")
         for groups, sums, tau_squared in self._rows:
-            tau = torch.tensor(tau_squared, dtype=torch.float64).unsqueeze(1)
-            table.index_add_(0, torch.tensor(groups), torch.cat([sums.cpu(), tau], dim=1))
+            tau = torch.tensor(tau_squared, dtype=torch.float64, device="cpu").unsqueeze(1)
+            table.index_add_(0, torch.tensor(groups, device="cpu"), torch.cat([sums.cpu(), tau], dim=1))
         return [[float(value) for value in row] for row in table.tolist()]
 
     def _keep(self, index: int, group: dict[str, Any], row: list[float]) -> None:

@@ -1,4 +1,4 @@
-"""What OnDARE, OnTIES and OnlineMerging merge, and how: τ by name, F(τ) where it is fixed, what is refused."""
+"""What OnDARE, OnTIES and OnlineMerging merge, and how: τ by name, F(τ) where it is fixed, refusals."""
 
 from __future__ import annotations
 

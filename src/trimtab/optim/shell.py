@@ -22,6 +22,16 @@ from trimtab.optim.merging import SINCE, Merging, named
 from trimtab.optim.sharding import ShardGroup, aligned_grad, refuse_flattened
 
 SCHEDULED = ("merge_weight", "reserve_rate")
+_OWN = (
+    "merging",
+    "measure_every",
+    "_runner",
+    "_meter",
+    "_schedules",
+    "_diagnostics",
+    "_warned",
+    "_policy_checked",
+)
 _IDENTITY, _CHECKED, _STEP = "merge_identity", "merge_policy_checked", "merge_step"
 
 
@@ -45,6 +55,7 @@ class MergingShell(Optimizer):
         self._meter = DiagnosticsMeter(merging.preset.operator, not merging.masked_once, measure_every)
         self._schedules, self._diagnostics, self._warned = [], None, False
         self._names_checked = False
+        self._policy_checked = set[str]()  # beside the groups' mark: parameters may move to a new group
         self._forget_jobs()
 
     def _forget_jobs(self) -> None:
@@ -53,8 +64,7 @@ class MergingShell(Optimizer):
         self._entries: dict[int, tuple[int, int]] = {}
 
     def _own_state(self) -> dict[str, Any]:
-        ours = ("merging", "measure_every", "_runner", "_meter", "_schedules", "_diagnostics", "_warned")
-        return {key: self.__dict__[key] for key in ours} | {"_names_checked": False}
+        return {key: self.__dict__[key] for key in _OWN} | {"_names_checked": False}
 
     @property
     def diagnostics(self) -> Diagnostics | None:
@@ -105,7 +115,9 @@ class MergingShell(Optimizer):
             self._names_checked = True
         for group in self.param_groups:
             if not group[_CHECKED] and moves(group):
-                self.merging.check_policy(named([group]))
+                fresh = [(name, p) for name, p in named([group]) if name not in self._policy_checked]
+                self.merging.check_policy(fresh)
+                self._policy_checked.update(name for name, _ in fresh)
                 group[_CHECKED] = True
         self._apply_schedules()
 
@@ -133,7 +145,7 @@ class MergingShell(Optimizer):
         due, sums = self._meter.begin(self.param_groups, step), None
         # A group may stay due for ever: one that never merges. Others must not be measured in its stead.
         if due and any(self._meter.wants(slot.group) for slot in merging):
-            sums = torch.zeros(len(slots), len(SUMS), dtype=torch.float64)
+            sums = torch.zeros(len(slots), len(SUMS), dtype=torch.float64, device="cpu")
         self._runner.run(slots, sums=sums)
         if merging:
             self._note_merges(merging)

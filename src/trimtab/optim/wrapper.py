@@ -161,6 +161,7 @@ class OnlineMerging(MergingShell):
             "_before",
             "_slots",
             "_swapped",
+            "step",  # a learning rate scheduler's patch, which is bound to this object
             "_handles",
             "_optimizer_step_pre_hooks",
             "_optimizer_step_post_hooks",
@@ -202,6 +203,10 @@ class OnlineMerging(MergingShell):
     def defaults(self) -> dict[str, Any]:  # type: ignore[override]
         return self.optimizer.defaults
 
+    @defaults.setter
+    def defaults(self, defaults: dict[str, Any]) -> None:
+        self.optimizer.defaults = defaults
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the wrapped optimizer; its parameters must be (name, parameter) pairs."""
         self.optimizer.add_param_group(param_group)
@@ -235,7 +240,8 @@ class OnlineMerging(MergingShell):
 
     # -- the step
 
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Take one step of the wrapped optimizer and merge."""
         required = inspect.signature(type(self.optimizer).step).parameters.get("closure")
         try:
@@ -349,7 +355,7 @@ class OnlineMerging(MergingShell):
         """The parameter's slot: the one that was kept, if it still tells the truth."""
         local, layout, shards = local_part(master)
         slot = self._slots.get(p)
-        if slot is None or slot.pointer != local.data_ptr():
+        if slot is None or slot.pointer != local.data_ptr() or self.param_groups[slot.group] is not group:
             job = Job(
                 name,
                 self.merging.seed,
@@ -389,7 +395,7 @@ class OnlineMerging(MergingShell):
         p.grad = None if grad is None else grad.to(master.dtype)
 
     def _store_swapped(self, name: str, p: Tensor) -> None:
-        """Store the master that the wrapped optimizer and the merge have moved, and show the parameter again."""
+        """Store the master that was moved, and show the parameter again."""
         weight, grad = self._swapped.pop(p)
         master = p.data
         p.grad = None
