@@ -191,10 +191,13 @@ class HeldDelta:
 
     def nbytes(self) -> int:
         """Bytes of all that is held, copies on their way included."""
-        held = sum(
-            e.tau.nbytes + (0 if e.source is None else e.source.nbytes) for e in self._entries.values()
-        )
-        return held + sum(copies.nbytes for copies in self._copies.values())
+        copies = sum(buffer.nbytes for buffer in self._copies.values())
+        return copies + sum(t.nbytes for t in self.tensors())
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors that are held, copies on their way excepted."""
+        held = [t for entry in self._entries.values() for t in entry.tau.tensors()]
+        return held + [e.source for e in self._entries.values() if e.source is not None]
 
     def clear(self) -> None:
         """Free everything; it is read again when asked for."""
