@@ -19,6 +19,7 @@ BUDGETS = {
     "tests/equivalence": 150,
     "tests/distributed": 90,
     "tests/cli": 150,
+    "tests/examples": 60,
     "src": 40,
 }
 """CPU seconds per suite: twice or more what it takes, so that what fails is growth, not noise."""
