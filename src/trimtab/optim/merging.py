@@ -163,6 +163,12 @@ class Merging:
         """Whether F(τ) is the same at every merge: drawn once, or ``top``, or no F at all."""
         return not self.preset.redraw or self.preset.operator.sparsify == "top"
 
+    @property
+    def needs_whole_tensors(self) -> bool:
+        """Whether F of an entry depends on the others, so that processes with parts must settle it together."""
+        operator = self.preset.operator
+        return operator.sparsify == "top" or (operator.sparsify != "none" and operator.rescale == "l1")
+
     def attach(self, job: Job, group: dict[str, Any]) -> None:
         """Give a job its τ, as F(τ) where that does not change, and the count k of ``top``."""
         rate, operator = group["reserve_rate"], self.preset.operator

@@ -15,7 +15,7 @@ from trimtab.ops.kernels.engine import Engine
 from trimtab.ops.kernels.job import Job
 from trimtab.ops.masks import Place
 from trimtab.ops.select import Part, thinnings
-from trimtab.optim.sharding import ShardGroup, local_part
+from trimtab.optim.sharding import ShardGroup, local_part, shard_group
 
 if TYPE_CHECKING:
     from trimtab.delta import ReferenceDelta
@@ -46,10 +46,39 @@ def check_policy(delta: ReferenceDelta, parameters: Iterable[tuple[str, Tensor]]
         if group is not None:
             shared.setdefault(group, []).append(name)
     for group, names in shared.items():
-        words = torch.tensor([_signed(hashes[name]) for name in names], dtype=torch.int64)
+        words = torch.tensor([_signed(hashes[name]) for name in names], dtype=torch.int64, device="cpu")
         hashes.update(zip(names, (int(word) % (1 << 64) for word in group(words)), strict=True))
     queue = iter(known)
     delta.check_policy(known, hash_of=lambda _: hashes[next(queue)[0]])
+
+
+def check_gradients(parameters: Iterable[tuple[str, Tensor]]) -> None:
+    """Refuse a step to which the processes that share parameters come with gradients of different ones.
+
+    Their histograms would not belong together, or never come. With x a 24-bit hash of the names, n·Σx² =
+    (Σx)² only where all x are equal (Cauchy and Schwarz); every process finds the same: all raise, none waits.
+
+    Args:
+        parameters: (name, parameter) pairs of an optimizer.
+
+    Raises:
+        UserError: in one sentence.
+    """
+    shared: dict[ShardGroup, list[str]] = {}
+    for name, p in parameters:
+        group = shard_group(p)
+        if group is not None:
+            names = shared.setdefault(group, [])
+            if p.grad is not None:
+                names.append(name)
+    for group, names in shared.items():
+        x = zlib.crc32("\n".join(names).encode()) & 0xFFFFFF
+        total, squares = group(torch.tensor([x, x * x], dtype=torch.int64, device="cpu")).tolist()
+        if group.size * squares != total * total:
+            raise UserError(
+                f"the processes that share parameters have gradients of different ones (here of {len(names)} "
+                f"parameters: {', '.join(names[:3])}, …); a parameter must have one in all of them or in none"
+            )
 
 
 def needs_others(job: Job, operator: Operator) -> bool:
@@ -71,15 +100,10 @@ def step_shards(jobs: Sequence[tuple[Job, Engine]], operator: Operator, sums: Te
             the same order, in every process; engines may differ.
         operator: F and ⊕.
         sums: float64 (jobs, SUMS), to which what is measured of the local parts is added.
-
-    Raises:
-        UserError: processes that share parameters came with different ones.
     """
     groups: dict[ShardGroup, list[int]] = {}
     for i, (job, _) in enumerate(jobs):
         groups.setdefault(job.group, []).append(i)
-    for group, members in groups.items():
-        _check_same(group, [jobs[i][0].name for i in members])
     for group, members in groups.items():
         for bucket in _buckets(members, [jobs[i][0].layout.total for i in members], group.size):
             part = None if sums is None else sums[bucket]
@@ -146,21 +170,6 @@ def _buckets(members: Sequence[int], totals: Sequence[int], ways: int) -> Iterat
         entries += size
     if bucket:
         yield bucket
-
-
-def _check_same(group: ShardGroup, names: Sequence[str]) -> None:
-    """Refuse processes that came with different parameters: their histograms would not belong together.
-
-    With x a 24-bit hash of the names, n·Σx² = (Σx)² only where all x are equal (Cauchy and Schwarz); every
-    process finds the same, so all raise and none is left waiting.
-    """
-    x = zlib.crc32("\n".join(names).encode()) & 0xFFFFFF
-    total, squares = group(torch.tensor([x, x * x], dtype=torch.int64)).tolist()
-    if group.size * squares != total * total:
-        raise UserError(
-            f"the processes that share parameters step different ones (here {len(names)}: {names[0]}, …); a "
-            " parameter must have a gradient in all of them or in none"
-        )
 
 
 def _signed(word: int) -> int:

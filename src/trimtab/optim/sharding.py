@@ -91,9 +91,16 @@ def local_part(tensor: Tensor) -> tuple[Tensor, Layout, ShardGroup | None]:
             f"{tuple(mesh.shape)}, has a local part of {tuple(local.shape)}, where {layout.local} was due: "
             "online merging needs shards as torch.chunk cuts them"
         )
-    cutting = [dim for dim, place in enumerate(tensor.placements) if not isinstance(place, Replicate)]
-    dims = tuple(dim for dim in cutting if mesh.size(dim) > 1)
-    return local, layout, ShardGroup(mesh, dims) if dims else None
+    return local, layout, shard_group(tensor)
+
+
+def shard_group(tensor: Tensor) -> ShardGroup | None:
+    """The processes that a tensor is cut up over; None where it is in one piece."""
+    if not isinstance(tensor, DTensor):
+        return None
+    mesh, cut = tensor.device_mesh, [not isinstance(place, Replicate) for place in tensor.placements]
+    dims = tuple(dim for dim, cuts in enumerate(cut) if cuts and mesh.size(dim) > 1)
+    return ShardGroup(mesh, dims) if dims else None
 
 
 def like(p: Tensor, local: Tensor) -> Tensor:
@@ -103,6 +110,19 @@ def like(p: Tensor, local: Tensor) -> Tensor:
     return DTensor.from_local(
         local, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride()
     )
+
+
+def set_data(p: Tensor, values: Tensor) -> None:
+    """``p.data = values``, also where both are sharded; there, that alone sets the dtype but not the entries.
+
+    Args:
+        p: a parameter; its gradient must be None, since that has the dtype of what is replaced.
+        values: a tensor of its shape, sharded as it is, of any dtype.
+    """
+    p.data = values
+    if isinstance(p, DTensor):
+        assert isinstance(values, DTensor)
+        p._local_tensor, p._spec = values._local_tensor, values._spec
 
 
 def aligned_grad(p: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from trimtab.optim.diagnostics import Diagnostics
 from trimtab.optim.jobs import Kernel, Runner, Slot
 from trimtab.optim.measuring import DiagnosticsMeter
 from trimtab.optim.merging import SINCE, Merging, named
+from trimtab.optim.settling import check_gradients
 from trimtab.optim.sharding import ShardGroup, aligned_grad, refuse_flattened
 
 SCHEDULED = ("merge_weight", "reserve_rate")
@@ -48,6 +49,8 @@ class MergingShell(Optimizer):
     _diagnostics: Diagnostics | None
     _warned: bool
     _names_checked: bool
+    _agreed = True
+    """Whether the processes that share parameters have found that they step the same ones."""
 
     def _start(self, merging: Merging, measure_every: int, kernel: Kernel) -> None:
         self.merging, self.measure_every = merging, measure_every
@@ -107,6 +110,7 @@ class MergingShell(Optimizer):
 
     def _before_step(self) -> None:
         refuse_flattened(self.param_groups)
+        self._agreed = False
         parameters = named(self.param_groups)
         if not self._names_checked:
             _refuse_unsupported(parameters)
@@ -130,6 +134,10 @@ class MergingShell(Optimizer):
 
     def _give_delta(self, slot: Slot, group: dict[str, Any]) -> None:
         """Give a job that merges its τ, where the one it has is not the right one."""
+        if not self._agreed:
+            if self.merging.needs_whole_tensors:
+                check_gradients(named(self.param_groups))
+            self._agreed = True
         if slot.rate != group["reserve_rate"] or self.merging.streams(slot.job):
             self.merging.attach(slot.job, group)
             slot.rate = group["reserve_rate"]
