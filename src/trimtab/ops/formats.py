@@ -292,8 +292,8 @@ def hold_sparse(x: Tensor, dtype: torch.dtype | None = None) -> SparseTau:
     if dtype not in _FLOATS:
         raise ValueError(f"τ is held in fp32, bf16 or fp64, not in {dtype}")
     kept = [_nonzero(flat[at : at + SPARSE_BLOCK]) for at in range(0, flat.numel(), SPARSE_BLOCK)]
-    starts = torch.zeros(len(kept) + 1, dtype=torch.int64, device="cpu")
-    torch.cumsum(torch.tensor([offsets.numel() for offsets, _ in kept], dtype=torch.int64, device="cpu"), 0, out=starts[1:])
+    counts = torch.tensor([0, *(offsets.numel() for offsets, _ in kept)], dtype=torch.int64, device="cpu")
+    starts = counts.cumsum(0)
     empty = (torch.empty(0, dtype=torch.uint16, device=flat.device), flat[:0])
     offsets, values = (torch.cat(parts) for parts in zip(*(kept or [empty]), strict=True))
     return SparseTau(starts.to(flat.device), offsets, values.to(dtype), flat.numel())

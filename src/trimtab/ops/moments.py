@@ -271,6 +271,12 @@ def _nearest_codes(scaled: Tensor, signed: bool) -> Tensor:
 @lru_cache(maxsize=8)
 def _code_tables(signed: bool, device: torch.device) -> tuple[Tensor, Tensor]:
     """(the code of the least number of each cell, the least number that has a higher code than c)."""
+    with torch.device("cpu"):  # whatever the default device is
+        lowest, begins = _code_tables_on_cpu(signed)
+    return lowest.to(device), begins.to(device)
+
+
+def _code_tables_on_cpu(signed: bool) -> tuple[Tensor, Tensor]:
     quantize = import_module("torchao.optim.quant_utils").quantize_8bit_with_qmap
     maps = import_module("torchao.optim.subclass_8bit")
     qmap = torch.tensor(maps.get_qmap_signed() if signed else maps.get_qmap_unsigned())
@@ -285,7 +291,7 @@ def _code_tables(signed: bool, device: torch.device) -> tuple[Tensor, Tensor]:
     lowest, highest = torch.bucketize(least, begins, right=True), torch.bucketize(most, begins, right=True)
     assert bool((highest - lowest <= 1)[ends.isfinite().all(0)].all())
     lowest = torch.where(least.isnan(), 0, lowest).to(torch.uint8)
-    return lowest.to(device), torch.cat([begins, torch.tensor([torch.inf])]).to(device)
+    return lowest, torch.cat([begins, torch.tensor([torch.inf])])
 
 
 def _ordered(x: Tensor) -> Tensor:

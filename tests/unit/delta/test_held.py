@@ -64,7 +64,7 @@ def drawn(name, p, layout=None):
     key = MaskKey(0, 1, 0, name)
 
     def mask(values, at=layout):
-        keep = bernoulli_mask(values.shape, p, key, place=Place(at))
+        keep = bernoulli_mask(values.shape, p, key, place=Place(at), device=values.device)
         return torch.where(keep, values, 0.0)
 
     return mask
@@ -239,6 +239,15 @@ def test_a_real_delta_is_held(tmp_path):
             wanted = dense(all_of_it).view(30, 40)[10:17, 5:35].reshape(-1)
             assert torch.equal(dense(tau), wanted)
             assert torch.allclose(wanted, live.tensor("weight")[10:17, 5:35].reshape(-1), atol=2e-3)
+
+
+@pytest.mark.parametrize("storage", ["auto", "bfloat16", "int8", "sparse"])
+def test_the_default_device_does_not_matter(delta, storage):
+    mask, wanted = drawn("a.weight", 0.1), []
+    for device in ("cpu", "meta"):
+        with torch.device(device):
+            wanted.append(dense(get(HeldDelta(delta, storage), "a.weight", mask=mask, key=0.1)))
+    assert torch.equal(*wanted)
 
 
 # -- shards

@@ -279,6 +279,22 @@ def test_8bit_goes_through_distributed_checkpoints(tmp_path):
     assert torch.equal(read_all(target["exp_avg"]), read_all(state))
 
 
+@needs_torchao
+def test_the_default_device_does_not_matter():
+    values = normal(4096)
+    wanted = {dtype: stored_as(dtype, values) for dtype in moments.STATE_DTYPES}
+    moments._code_tables.cache_clear()
+    with torch.device("meta"):
+        for dtype, state in wanted.items():
+            assert torch.equal(stored_as(dtype, values), state)
+
+
+def stored_as(dtype, values):
+    state = moments.new_moment(values, dtype, signed=True)
+    write_in_chunks(state, values, keys()[0], Layout.whole((4096,)))
+    return read_all(state)
+
+
 # -- what is refused
 
 
