@@ -23,6 +23,8 @@ SUMS = (
 """Names of the sums, in the order of :func:`measure`'s result."""
 
 _CHUNK = 1 << 18
+_IN_CACHE = 1 << 14
+"""Entries that a CPU works on at a time: the two dozen temporaries of more would not stay in its cache."""
 
 
 def measure(
@@ -72,21 +74,32 @@ def measure(
         >>> dict(zip(SUMS, sums.tolist()))["product"], dict(zip(SUMS, sums.tolist()))["conflicts"]
         (11.0, 1.0)
     """
-    kept = kept_update.to(torch.float64), kept_tau.to(torch.float64)
-    product = kept[0] * kept[1]
-    after = (base + (parts[0] + parts[1])).to(stored).to(torch.float64)
-    wide = [part.to(torch.float64) for part in parts]
+    tensors = (base, update, kept_update, kept_tau, *parts)
+    if base.device.type != "cpu" or base.numel() <= _IN_CACHE:
+        return _measure(tensors, stored)
+    pieces = zip(*(torch.split(x, _IN_CACHE) for x in tensors), strict=True)
+    return torch.stack([_measure(piece, stored) for piece in pieces]).sum(dim=0)
+
+
+def _measure(tensors: Sequence[Tensor], stored: torch.dtype) -> Tensor:
+    base, update, kept_update, kept_tau, a, b = tensors
+    kept, tau = kept_update.to(torch.float64), kept_tau.to(torch.float64)
+    product = kept * tau
+    total = product.sum()
+    signs = product.sign_()
+    both = torch.dot(signs, signs)
+    after = (base + (a + b)).to(stored)
     return torch.stack(
         [
             _square(update.to(torch.float64)),
-            _square(kept[0]),
-            _square(kept[1]),
-            _square(wide[1]),
-            product.sum(),
-            (product != 0).sum().to(torch.float64),
-            (product < 0).sum().to(torch.float64),
-            *_arrival(after, (base + parts[1]).to(stored), wide[0]),
-            *_arrival(after, (base + parts[0]).to(stored), wide[1]),
+            _square(kept),
+            _square(tau),
+            _square(b.to(torch.float64)),
+            total,
+            both,
+            (both - signs.sum()) / 2,
+            *_arrival(after, (base + b).to(stored), a),
+            *_arrival(after, (base + a).to(stored), b),
         ]
     )
 
@@ -104,9 +117,11 @@ def squared_norm(values: Tensor) -> float:
 
 def _arrival(after: Tensor, without: Tensor, part: Tensor) -> tuple[Tensor, Tensor]:
     """(wanted, arrived) of one part: ``without`` is what would be stored had it not been added."""
+    wide = torch.promote_types(after.dtype, part.dtype)  # the difference of two neighbours is exact in it
+    moved = after.to(wide).sub_(without) if after.dtype != wide else after - without
     wanted = part.abs()
-    moved = (after - without).mul_(part.sign()).clamp_(min=0)
-    return wanted.sum(), torch.minimum(moved, wanted).sum()
+    arrived = torch.minimum(moved.mul_(part.sign()).clamp_(min=0), wanted)
+    return wanted.sum(dtype=torch.float64), arrived.sum(dtype=torch.float64)
 
 
 def _square(x: Tensor) -> Tensor:
