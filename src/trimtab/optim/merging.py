@@ -165,7 +165,7 @@ class Merging:
 
     @property
     def needs_whole_tensors(self) -> bool:
-        """Whether F of an entry depends on the others, so that processes with parts must settle it together."""
+        """Whether F of an entry depends on the other ones, so that processes with parts must settle it."""
         operator = self.preset.operator
         return operator.sparsify == "top" or (operator.sparsify != "none" and operator.rescale == "l1")
 

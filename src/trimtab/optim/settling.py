@@ -56,7 +56,8 @@ def check_gradients(parameters: Iterable[tuple[str, Tensor]]) -> None:
     """Refuse a step to which the processes that share parameters come with gradients of different ones.
 
     Their histograms would not belong together, or never come. With x a 24-bit hash of the names, n·Σx² =
-    (Σx)² only where all x are equal (Cauchy and Schwarz); every process finds the same: all raise, none waits.
+    (Σx)² only where all x are equal (Cauchy and Schwarz); every process finds the same, so that all raise and
+    none waits.
 
     Args:
         parameters: (name, parameter) pairs of an optimizer.

@@ -1,0 +1,163 @@
+"""2 and 4 gloo processes with parts of the parameters against one with all of them, bit for bit."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.distributed.shard_cases import (
+    CASES,
+    RESUMED,
+    SAVED_AFTER,
+    STEPS,
+    WAYS,
+    Net,
+    reference_model,
+    run_alone,
+    write_delta,
+)
+
+pytestmark = pytest.mark.xdist_group("sharding")  # one worker: all look at one session's results
+
+RUNS = [(size, way, case) for size, ways in WAYS.items() for way, cases in ways.items() for case in cases]
+SHAPES = {name: p.shape for name, p in Net().named_parameters()}
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What 2 and then 4 processes have written."""
+    folder = tmp_path_factory.mktemp("shards")
+    write_delta(folder)
+    root = Path(__file__).parents[2]
+    paths = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "tests.distributed.shard_worker", str(folder)]
+    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-6000:]
+    return folder
+
+
+@pytest.fixture(scope="session")
+def results(folder: Path) -> dict[int, list[dict[str, Any]]]:
+    """For each number of processes, what each of them has found."""
+    return {
+        size: [torch.load(folder / f"{size}.{rank}.pt", weights_only=True) for rank in range(size)]
+        for size in WAYS
+    }
+
+
+@pytest.fixture(scope="session")
+def alone(folder: Path) -> Any:
+    """One process's parameters, by case."""
+    return cache(lambda case: run_alone(folder, CASES[case], range(1, STEPS + 1)))
+
+
+def assembled(parts: list[dict[str, tuple[Tensor, Tensor]]]) -> dict[str, Tensor]:
+    """The unsharded parameters; entries that several processes have must agree."""
+    whole = {}
+    for name, shape in SHAPES.items():
+        values = torch.full((shape.numel(),), float("nan"), dtype=parts[0][name][1].dtype)
+        for part in parts:
+            index, local = (t.reshape(-1) for t in part[name])
+            known = values[index]
+            assert ((known == local) | known.isnan()).all(), f"replicas of {name} differ"
+            values[index] = local
+        whole[name] = values.view(shape)
+    return whole
+
+
+def assert_equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    for name, value in theirs.items():
+        assert ours[name].dtype == value.dtype
+        assert torch.equal(ours[name], value), name
+
+
+@pytest.mark.parametrize(("size", "way", "case"), RUNS)
+def test_processes_with_parts_end_where_one_with_all_does(
+    size: int, way: str, case: str, results: Any, alone: Any
+) -> None:
+    assert_equal(assembled([found["runs"][way, case] for found in results[size]]), alone(case))
+
+
+def test_the_runs_are_of_different_things(folder: Path, alone: Any) -> None:
+    """No two cases end alike, all have moved what has a gradient, and nothing else."""
+    ends = [alone(case) for case in CASES]
+    for case, end in zip(CASES, ends, strict=True):
+        start = dict(reference_model(folder, CASES[case].dtype).named_parameters())
+        still = {name for name in start if torch.equal(start[name], end[name])}
+        assert still == {"frozen"}, case
+    pairs = [
+        (a, b) for i, a in enumerate(ends) for b in ends[:i] if a["up.weight"].dtype == b["up.weight"].dtype
+    ]
+    assert not any(torch.equal(a["embed.weight"], b["embed.weight"]) for a, b in pairs)
+
+
+@pytest.mark.parametrize("size", WAYS)
+def test_layouts_say_where_torch_has_put_the_entries(size: int, results: Any) -> None:
+    uneven, empty = set(), set()
+    for way in WAYS[size]:
+        for found in results[size]:
+            where = found["runs"][way, "onties"]
+            for name, indices in found["layouts"][way].items():
+                assert torch.equal(indices, where[name][0].view(indices.shape)), (way, name)
+                if indices.numel() == 0:
+                    empty.add(name)
+        sizes = {found["layouts"][way]["embed.weight"].shape[0] for found in results[size]}
+        uneven |= sizes if len(sizes) > 1 else set()
+    assert empty == {2: {"row"}, 4: {"row", "frozen", "head.weight", "head.bias"}}[size]
+    assert uneven, "97 rows are shared unevenly"
+
+
+@pytest.mark.parametrize(("size", "way", "case"), RUNS)
+def test_only_this_process_s_part_of_tau_is_read(size: int, way: str, case: str, results: Any) -> None:
+    if "int8" in case or "state" in case:
+        pytest.skip("reads what its blocks need beside")
+    for found in results[size]:
+        read, where = found["read"][way, case], found["runs"][way, case]
+        part = {
+            name: index
+            for name, (index, _) in where.items()
+            if name not in ("frozen", "head.weight", "head.bias")
+        }
+        whole = {name for name, index in part.items() if index.numel() == SHAPES[name].numel()}
+        assert set(read["whole"]) == whole
+        entries = dict.fromkeys(part, 0)
+        for name, _, count in read["parts"]:
+            entries[name] += count
+        assert entries == {n: 0 if n in whole else i.numel() for n, i in part.items()}, "each once"
+
+
+@pytest.mark.parametrize("case", RESUMED)
+def test_two_processes_checkpoint_is_continued_by_four(case: str, results: Any, alone: Any) -> None:
+    assert_equal(assembled([found["resumed"][case] for found in results[4]]), alone(case))
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+@pytest.mark.parametrize("size", WAYS)
+@pytest.mark.parametrize("case", RESUMED)
+def test_a_sharded_checkpoint_is_continued_by_one_process(
+    case: str, size: int, folder: Path, results: Any, alone: Any
+) -> None:
+    saved = folder / "saved" / f"{size} {case}"
+    steps = range(SAVED_AFTER + 1, STEPS + 1)
+    assert_equal(run_alone(folder, CASES[case], steps, resume=saved), alone(case))
+
+
+def test_accelerate_swaps_the_parameters_of_a_built_optimizer(results: Any, alone: Any) -> None:
+    parts = [found["runs"]["accelerate's order", "onties"] for found in results[2]]
+    assert_equal(assembled(parts), alone("onties"))
+
+
+def test_what_processes_disagree_on_is_said_by_all_of_them(results: Any) -> None:
+    for found in results[2]:
+        assert "have gradients of different ones" in found["refused"]["gradients differ"]
+        assert "policy differs" in found["refused"]["policy differs"]
+        assert "1 of 7 parameters (embed.weight)" in found["refused"]["policy differs"]
