@@ -216,6 +216,15 @@ def test_another_dtype_or_layout_is_read_anew(delta):
     assert len(delta.reads) == 2
 
 
+def test_another_device_is_read_anew_and_nothing_more_is_kept(delta):
+    held = HeldDelta(delta)
+    for device in ("cpu", "meta"):
+        tau = held.get("a.weight", whole("a.weight"), device=device, dtype=torch.float32)
+        assert tau.device.type == device
+        assert held.nbytes() == tau.nbytes
+    assert len(delta.reads) == 2
+
+
 def test_a_copy_holds_nothing_and_reads_again(delta):
     held = HeldDelta(delta, "bfloat16", "host")
     get(held, "a.weight")

@@ -215,7 +215,8 @@ def test_8bit_ranges_are_whole_blocks():
         (Layout.whole((63, 64)), False),  # below 4,096 entries
         (Layout.whole((65, 65)), False),  # not a multiple of 256
         (Layout((256, 64), start=(64, 0), local=(64, 64)), True),
-        (Layout((256, 65), start=(1, 0), local=(256 - 1, 65)), False),  # begins within a block
+        (Layout((10_000,), start=(100,), local=(8192,)), False),  # begins within a block
+        (Layout((10_000,), start=(256,), local=(8192,)), True),
         (Layout((64, 512), start=(0, 0), local=(64, 256)), False),  # columns: broken
         (Layout((64, 64), start=(64, 0), local=(0, 64)), False),
     ],
