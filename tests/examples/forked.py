@@ -5,7 +5,8 @@ affordable. Prints what each script printed and its exit code, as JSON.
 
     python -m tests.examples.forked "examples/groups.py" "examples/compiled_step.py aot_eager"
 
-``without-merging`` before a script puts AdamW in OnDARE's place.
+``without-merging`` before a script puts AdamW in OnDARE's place; ``ranks=2`` starts two processes with the
+environment variables that torchrun would give them.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import json
 import os
 import runpy
+import socket
 import sys
 import tempfile
 import traceback
@@ -63,15 +65,35 @@ def run_here(command: Sequence[str], output: Any) -> NoReturn:
     os._exit(code)
 
 
+def torchrun_environment(rank: int, ranks: int, port: int) -> dict[str, str]:
+    """What torchrun tells the processes it starts on one machine."""
+    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
+    return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **{k: str(v) for k, v in numbers.items()}}
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 def run(command: Sequence[str]) -> dict[str, Any]:
-    """Run one script in a fork; return its exit code and what it printed."""
+    """Run one script in a fork, or several; return the worst exit code and what they printed."""
+    ranks, port = 1, free_port()
+    if command[0].startswith("ranks="):
+        ranks, command = int(command[0].removeprefix("ranks=")), command[1:]
     with tempfile.TemporaryFile("w+") as output:
-        child = os.fork()
-        if child == 0:
-            run_here(command, output)
-        _, status = os.waitpid(child, 0)
+        children = []
+        for rank in range(ranks):
+            children.append(os.fork())
+            if children[-1] == 0:
+                if ranks > 1:
+                    os.environ.update(torchrun_environment(rank, ranks, port))
+                run_here(command, output)
+        codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
         output.seek(0)
-        return {"code": os.waitstatus_to_exitcode(status), "printed": output.read()}
+        return {"code": max(codes, key=abs), "printed": output.read()}
 
 
 if __name__ == "__main__":

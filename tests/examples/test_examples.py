@@ -17,8 +17,11 @@ pytestmark = pytest.mark.xdist_group("examples")  # one worker: the scripts run 
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted(path.name for path in (ROOT / "examples").glob("*.py") if path.name != "tiny_setup.py")
-ALONE = {"raw_loop.py": [], "fsdp2.py": ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]}
-ARGUMENTS = {"compiled_step.py": "aot_eager"}  # inductor would compile C++ for half a minute
+ALONE = "raw_loop.py"
+WITH = {  # inductor would compile C++ for half a minute
+    "compiled_step.py": "examples/compiled_step.py aot_eager",
+    "fsdp2.py": "ranks=2 examples/fsdp2.py",
+}
 CONTROL = "without-merging examples/grad_scaler.py"
 NEEDS = {"lightning_module.py": "lightning"}
 LINES = {"groups.py": 3} | dict.fromkeys(
@@ -56,9 +59,8 @@ def merged(printed: str) -> list[bool]:
 @pytest.fixture(scope="module")
 def forked() -> dict[str, Any]:
     """What the scripts printed that share their imports."""
-    together = [script for script in SCRIPTS if script not in ALONE and available(script)]
-    commands = {f"examples/{script} {ARGUMENTS.get(script, '')}".strip(): script for script in together}
-    commands[CONTROL] = CONTROL
+    together = [script for script in SCRIPTS if script != ALONE and available(script)]
+    commands = {WITH.get(script, f"examples/{script}"): script for script in together} | {CONTROL: CONTROL}
     done = python("-m", "tests.examples.forked", *commands)
     assert done.returncode == 0, done.stderr
     return {commands[command]: result for command, result in json.loads(done.stdout.splitlines()[-1]).items()}
@@ -68,6 +70,7 @@ def test_every_host_has_a_file() -> None:
     assert set(SCRIPTS) >= {
         "accelerate_loop.py",
         "compiled_step.py",
+        "fsdp2.py",
         "grad_scaler.py",
         "groups.py",
         "hf_trainer_factory.py",
@@ -84,8 +87,8 @@ def test_every_host_has_a_file() -> None:
 def test_it_runs_and_merges(script: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     if not available(script):
         pytest.skip(f"{script} needs pip install {NEEDS[script]}")
-    if script in ALONE:  # from another folder, as a user would
-        done = python(*ALONE[script], str(ROOT / "examples" / script), cwd=tmp_path)
+    if script == ALONE:  # started as a user would, from another folder
+        done = python(str(ROOT / "examples" / script), cwd=tmp_path)
         result = {"code": done.returncode, "printed": done.stdout + done.stderr}
     else:
         result = request.getfixturevalue("forked")[script]
