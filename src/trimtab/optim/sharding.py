@@ -168,7 +168,7 @@ def rectangle(
             cuts.setdefault(placement.dim, []).append((size, at, pieces))
         elif not isinstance(placement, Replicate):
             raise UserError(
-                f"a parameter of shape {shape} has the placement {placement}; online merging steps those "
+                f"a parameter of shape {shape} has the placement {placement!r}; online merging steps those "
                 "that are sharded or replicated (FSDP2, HSDP, tensor parallelism, DDP)"
             )
     start, local = [0] * len(shape), list(shape)

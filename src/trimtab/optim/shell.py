@@ -20,7 +20,7 @@ from trimtab.optim.jobs import Kernel, Runner, Slot
 from trimtab.optim.measuring import DiagnosticsMeter
 from trimtab.optim.merging import SINCE, Merging, named
 from trimtab.optim.settling import check_gradients
-from trimtab.optim.sharding import ShardGroup, aligned_grad, refuse_flattened
+from trimtab.optim.sharding import ShardGroup, aligned_grad, local_part, refuse_flattened
 
 SCHEDULED = ("merge_weight", "reserve_rate")
 _OWN = (
@@ -305,6 +305,11 @@ def _refuse_unsupported(parameters: Iterable[tuple[str, Tensor]]) -> None:
             raise UserError(
                 f"{name} has dtype {p.dtype}; online merging trains fp64, fp32, bf16 and fp16 parameters"
             )
+        if p.requires_grad:
+            try:
+                local_part(p)
+            except UserError as error:
+                raise UserError(f"{name}: {error}") from None
 
 
 def moves(group: dict[str, Any]) -> bool:
