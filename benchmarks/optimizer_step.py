@@ -37,8 +37,8 @@ class SyntheticDelta:
     def shape(self, name: str) -> torch.Size:
         return self._tau[name].shape
 
-    def tensor(self, name: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return self._tau[name].to(dtype)
+    def tensor(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+        return self._tau[name] if dtype is None else self._tau[name].to(dtype)
 
 
 def llama_shapes(layers: int) -> dict[str, tuple[int, ...]]:

@@ -8,6 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from trimtab.ops import bits
+
 Consensus = Literal["linear", "sign", "sign_unweighted"]
 
 
@@ -34,16 +36,16 @@ def agreeing_terms(terms: Sequence[Tensor], weights: Sequence[float], kind: Cons
         return weighted
     if kind == "sign":
         total = _sum(weighted)
-        elected = total.sign()
-        agrees = [(a.sign() == elected) & (elected != 0) for a in weighted]
+        decided = bits.nonzero(total)
+        keep = [bits.agreeing(a, total).bitwise_and_(decided) for a in weighted]
     elif kind == "sign_unweighted":
-        total = _sum(terms)
-        elected = torch.where(total < 0, -torch.ones_like(total), torch.ones_like(total))
-        agrees = [a.sign() == elected for a in weighted]
+        # A sum of 0 counts as +, −0 included, and no term of 0 has anything to lose.
+        total = _sum(terms) + 0.0
+        keep = [bits.agreeing(a, total) for a in weighted]
     else:
         raise ValueError(f"unknown consensus {kind!r}; known: linear, sign, sign_unweighted")
-    undecided = total.isnan()
-    return [torch.where(agree | undecided, a, 0.0) for agree, a in zip(agrees, weighted, strict=True)]
+    undecided = bits.nan(total)
+    return [bits.selected(a, agrees.bitwise_or_(undecided)) for a, agrees in zip(weighted, keep, strict=True)]
 
 
 def consensus(

@@ -32,6 +32,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from trimtab.ops import bits
 from trimtab.ops.layout import Layout
 from trimtab.ops.names import canonical_name
 
@@ -117,11 +118,12 @@ def hash32(index: Tensor, key0: int, key1: int) -> Tensor:
 
 def _scrambled(x: Tensor, key1: int) -> Tensor:
     """The hash after its first key was added; x is written to."""
-    x.bitwise_xor_((x >> 16).bitwise_and_(0xFFFF))
+    y = torch.empty_like(x)
+    x.bitwise_xor_(torch.bitwise_right_shift(x, 16, out=y).bitwise_and_(0xFFFF))
     x.mul_(_MULTIPLIER_1)
-    x.bitwise_xor_((x >> 15).bitwise_and_(0x1FFFF)).bitwise_xor_(_signed(key1))
+    x.bitwise_xor_(torch.bitwise_right_shift(x, 15, out=y).bitwise_and_(0x1FFFF)).bitwise_xor_(_signed(key1))
     x.mul_(_signed(_MULTIPLIER_2))
-    return x.bitwise_xor_((x >> 16).bitwise_and_(0xFFFF))
+    return x.bitwise_xor_(torch.bitwise_right_shift(x, 16, out=y).bitwise_and_(0xFFFF))
 
 
 class Place(NamedTuple):
@@ -204,37 +206,55 @@ def bernoulli_masks(
     device: torch.device | str | None = None,
 ) -> list[Tensor]:
     """Draw one mask for each rate and key; keys that differ in a pair's stream alone share their hash."""
+    drawn = bernoulli_bits(prod(shape), rates, keys, offset=offset, place=place, device=device)
+    return [mask.to(torch.bool).view(tuple(shape)) for mask in drawn]
+
+
+def bernoulli_bits(
+    n: int,
+    rates: Sequence[float],
+    keys: Sequence[MaskKey],
+    *,
+    offset: int = 0,
+    place: Place | None = None,
+    device: torch.device | str | None = None,
+) -> list[Tensor]:
+    """The masks of :func:`bernoulli_masks` as flat int32: −1 (all bits set) where kept, else 0."""
     for p in rates:
         if not 0 < p <= 1:
             raise ValueError(f"probability must be in (0, 1], got {p}")
-    masks = [torch.empty(prod(shape), dtype=torch.bool, device=device) for _ in keys]
-    for at, index, count, high in _chunks(prod(shape), offset, place):
+    chunks = list(_chunks(n, offset, place))
+    whole = len(chunks) == 1 or [torch.empty(n, dtype=torch.int32, device=device) for _ in keys]
+    for at, index, count, high in chunks:
         drawn: dict[tuple[int, int], Tensor] = {}
-        for mask, p, key in zip(masks, rates, keys, strict=True):
+        parts = []
+        for p, key in zip(rates, keys, strict=True):
             k0, k1, k2, k3 = key.words(high)
             if (k0, k1) not in drawn:
-                drawn[k0, k1] = _hashed_range(index, count, k0, k1, mask.device)
-            _keep(mask[at : at + count], drawn[k0, k1], round(p * (1 << 32)), key.stream, (index, k2, k3))
-    return [mask.view(tuple(shape)) for mask in masks]
+                drawn[k0, k1] = _hashed_range(index, count, k0, k1, device)
+            parts.append(_kept(drawn[k0, k1], round(p * (1 << 32)), key.stream, (index, k2, k3)))
+        if whole is True:
+            return parts
+        for mask, part in zip(whole, parts, strict=True):
+            mask[at : at + count] = part
+    return [torch.empty(0, dtype=torch.int32, device=device) for _ in keys] if whole is True else whole
 
 
-def _keep(mask: Tensor, words: Tensor, threshold: int, stream: int, fine: tuple[int, int, int]) -> None:
-    """Set ``mask`` to U < threshold, given the coarse words; ``fine`` says how to draw those of the rest."""
+def _kept(words: Tensor, threshold: int, stream: int, fine: tuple[int, int, int]) -> Tensor:
+    """−1 where U < threshold, given the coarse words; ``fine`` says how to draw those of the rest."""
     cell, rest = threshold >> 16, threshold & 0xFFFF
-    if cell == 1 << 16:
-        mask.fill_(True)
-        return
-    coarse = _half(words, stream)
-    torch.lt(coarse, cell, out=mask)
+    kept = bits.less(_half(words, stream), cell + (rest > 0))
     if rest:
-        boundary = (coarse == cell).nonzero().squeeze(1)
+        # Exactly the boundary cell has changed sides between the bounds cell and cell + 1.
+        boundary = bits.places(_half(words, stream), cell)
         index, k2, k3 = fine
-        words = hash32((boundary + index).to(torch.int32), k2, k3)
-        mask[boundary] = _half(words, stream) < rest
+        drawn = hash32((boundary + index).to(torch.int32), k2, k3)
+        kept[boundary] = bits.less(_half(drawn, stream), rest)
+    return kept
 
 
 def _half(word: Tensor, stream: int) -> Tensor:
-    return (word if stream % 2 else word >> 16).bitwise_and(0xFFFF)
+    return word.bitwise_and(0xFFFF) if stream % 2 else (word >> 16).bitwise_and_(0xFFFF)
 
 
 def _chunks(n: int, offset: int, place: Place | None) -> Iterator[tuple[int, int, int, int]]:
@@ -251,19 +271,19 @@ def _chunks(n: int, offset: int, place: Place | None) -> Iterator[tuple[int, int
             at, index, left = at + count, index + count, left - count
 
 
-def _hashed_range(low: int, count: int, key0: int, key1: int, device: torch.device) -> Tensor:
+def _hashed_range(low: int, count: int, key0: int, key1: int, device: torch.device | str | None) -> Tensor:
     """h(i; key0, key1) of the neighbouring indices ``low … low + count − 1`` (mod 2^32)."""
     return _scrambled(_counter(count, device) + _signed((low + key0) & _LOW), key1)
 
 
-def _counter(count: int, device: torch.device) -> Tensor:
+def _counter(count: int, device: torch.device | str | None) -> Tensor:
     if count > _CHUNK // 64:  # most often a whole chunk: worth keeping, 1 MB
         return _full_counter(device)[:count]
     return torch.arange(count, dtype=torch.int32, device=device)
 
 
 @lru_cache(maxsize=8)
-def _full_counter(device: torch.device) -> Tensor:
+def _full_counter(device: torch.device | str | None) -> Tensor:
     return torch.arange(_CHUNK, dtype=torch.int32, device=device)
 
 

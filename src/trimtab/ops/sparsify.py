@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from trimtab.ops import bits
 from trimtab.ops.layout import Layout
-from trimtab.ops.masks import MaskKey, Place, bernoulli_masks
+from trimtab.ops.masks import MaskKey, Place, bernoulli_bits
 
 Sparsifier = Literal["none", "bernoulli", "top"]
 Rescale = Literal["none", "expected", "l1"]
@@ -59,37 +60,38 @@ def top_cut(x: Tensor, k: int) -> Cut:
     """
     if not 0 <= k <= x.numel():
         raise ValueError(f"cannot keep {k} of {x.numel()} entries")
-    bits = magnitude_bits(x.reshape(-1))
+    magnitudes = bits.magnitude(x.reshape(-1))
     if k == 0:
-        return Cut(torch.iinfo(bits.dtype).max, 0)
-    rank = bits.numel() - k
-    if bits.device.type == "cpu":  # NumPy's introselect takes a tenth of torch.kthvalue's time
-        threshold = int(np.partition(bits.numpy(), rank)[rank])
+        return Cut(torch.iinfo(magnitudes.dtype).max, 0)
+    rank = magnitudes.numel() - k
+    if magnitudes.device.type == "cpu":  # NumPy's introselect takes a tenth of torch.kthvalue's time
+        threshold = int(np.partition(magnitudes.numpy(), rank)[rank])
     else:
-        threshold = int(bits.kthvalue(rank + 1).values)
-    spare = k - int((bits > threshold).sum())
-    tied = (bits == threshold).nonzero().squeeze(1)
+        threshold = int(magnitudes.kthvalue(rank + 1).values)
+    tied = bits.places(magnitudes, threshold)
+    spare = k - int((magnitudes > threshold).sum())
     return Cut(threshold, x.numel() if spare == tied.numel() else int(tied[spare]))
 
 
 def kept_by(cut: Cut, x: Tensor, place: Place | None = None) -> Tensor:
-    """Mask of the entries that ``cut`` keeps.
+    """Mask of the entries that ``cut`` keeps: integers of x's size and shape, −1 where kept, else 0.
 
     Args:
         cut: see :class:`Cut`.
         x: floating tensor; of a shard, its local part.
         place: where a local part, or a range of it, lies; None for the whole tensor.
     """
-    bits = magnitude_bits(x.reshape(-1))
+    magnitudes = bits.magnitude(x.reshape(-1))
     layout, low = (Layout.whole((x.numel(),)), 0) if place is None else place
-    if cut.index >= layout.total:
-        return (bits >= cut.bits).view(x.shape)
-    kept = bits > cut.bits
-    tied = (bits == cut.bits).nonzero().squeeze(1)
-    if layout.is_whole:
-        kept[tied[tied + low < cut.index]] = True
-    elif tied.numel():
-        kept[tied[layout.indices(low, low + x.numel(), device=x.device)[tied] < cut.index]] = True
+    all_ties = cut.index >= layout.total
+    if not all_ties:
+        tied = bits.places(magnitudes, cut.bits)
+    # b > t is ~(b − t − 1 < 0): of two magnitudes the difference cannot overflow.
+    kept = magnitudes.sub_(cut.bits + (not all_ties)).bitwise_right_shift_(8 * x.element_size() - 1)
+    kept.bitwise_not_()
+    if not all_ties and tied.numel():
+        index = tied + low if layout.is_whole else layout.indices(low, low + x.numel(), device=x.device)[tied]
+        kept[tied[index < cut.index]] = -1
     return kept.view(x.shape)
 
 
@@ -114,7 +116,7 @@ def top_mask(x: Tensor, k: int) -> Tensor:
         raise ValueError(f"cannot keep {k} of {n} entries")
     if k == n or k == 0:
         return torch.full(x.shape, k > 0, dtype=torch.bool, device=x.device)
-    return kept_by(top_cut(x, k), x)
+    return kept_by(top_cut(x, k), x).to(torch.bool)
 
 
 def sparsify(
@@ -201,20 +203,15 @@ def thin(xs: Sequence[Tensor], how: Sequence[Thinning], place: Place | None = No
     masks: dict[int, Tensor] = {}
     if drawn:
         rates, keys = [how[i].rate for i in drawn], list(drawn.values())
-        made = bernoulli_masks(xs[0].shape, rates, keys, place=place, device=xs[0].device)
-        masks = dict(zip(drawn, made, strict=True))
+        made = bernoulli_bits(xs[0].numel(), rates, keys, place=place, device=xs[0].device)
+        masks = {i: mask.view(xs[0].shape) for i, mask in zip(drawn, made, strict=True)}
     result = []
     for i, (x, one) in enumerate(zip(xs, how, strict=True)):
         if one.cut is not None:
             masks[i] = kept_by(one.cut, x, place)
-        kept = masked(x, masks[i]) if i in masks else x
+        kept = bits.selected(x, masks[i].to(bits.as_bits(x).dtype)) if i in masks else x
         result.append(kept if one.factor == 1 else kept * one.factor)
     return result
-
-
-def masked(x: Tensor, mask: Tensor) -> Tensor:
-    """``x`` where the mask is true and exactly 0 elsewhere (a product would keep NaN and −0)."""
-    return torch.where(mask, x, torch.zeros((), dtype=x.dtype, device=x.device))
 
 
 def l1_factor(x: Tensor, kept: Tensor) -> float:
@@ -237,18 +234,9 @@ def l1_norm(x: Tensor) -> float:
 
 
 def magnitude_bits(flat: Tensor) -> Tensor:
-    """Integers in the order of |x|: the bit pattern without its sign, and one value above infinity for every
-    NaN.
-    """
-    if flat.dtype == torch.float64:
-        bits, top = flat.view(torch.int64) & 0x7FFFFFFFFFFFFFFF, 0x7FFFFFFFFFFFFFFF
-    elif flat.dtype == torch.float32:
-        bits, top = flat.view(torch.int32) & 0x7FFFFFFF, 0x7FFFFFFF
-    elif flat.dtype in (torch.float16, torch.bfloat16):
-        bits, top = flat.view(torch.int16).to(torch.int32) & 0x7FFF, 0x7FFF
-    else:
-        raise ValueError(f"top needs a floating tensor, got {flat.dtype}")
-    return bits.masked_fill_(flat.isnan(), top)
+    """Integers in the order of |x|, NaN last: int32, or int64 for fp64."""
+    found = bits.magnitude(flat)
+    return found.to(torch.int32) if found.dtype == torch.int16 else found
 
 
 def check_kind(kind: Sparsifier, rescale: Rescale, p: float) -> None:

@@ -72,7 +72,7 @@ def test_parts_keep_exactly_what_the_whole_tensor_keeps(
     x, parts = split
     k = data.draw(st.integers(0, x.numel()))
     cut, _ = cut_in_parts(parts, k)
-    masks = [kept_by(cut, part.x, Place(part.layout)) for part in parts]
+    masks = [kept_by(cut, part.x, Place(part.layout)).to(torch.bool) for part in parts]
     assert torch.equal(together(x, parts, masks), top_mask(x, k))
 
 
@@ -113,7 +113,7 @@ def test_tensors_of_several_sizes_share_their_sums() -> None:
     assert ours == theirs
     assert ring.calls == 6, "fp64's six digits; no ties, so no index"
     for x, cut, k in zip(xs, ours, counts, strict=True):
-        assert torch.equal(kept_by(cut, x), top_mask(x, k))
+        assert torch.equal(kept_by(cut, x).to(torch.bool), top_mask(x, k))
 
 
 def test_wrong_counts_dtypes_and_processes_are_refused() -> None:
