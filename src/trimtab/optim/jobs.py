@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -83,6 +84,8 @@ class Runner:
             if self.kernel not in ("auto", name):
                 continue
             reason = missing if engine is None else engine.refuses(job, self.operator)
+            if engine is None and self.kernel == "auto":
+                _say_once(name, str(missing))
             if engine is not None and reason is None:
                 return engine
             reasons.append(str(reason))
@@ -128,6 +131,20 @@ class Runner:
         assert slot.engine is not None
         measures = sums is None or slot.engine.measures or not slot.job.settings.merge
         return slot.engine if measures else self._torch
+
+
+class KernelWarning(UserWarning):
+    """The step's fast kernel is not available here, and plain torch takes its place."""
+
+
+@lru_cache(maxsize=8)
+def _say_once(name: str, reason: str) -> None:
+    warnings.warn(
+        f"the {name} kernel is not available ({reason}): steps run in plain torch, which gives the same "
+        "numbers and takes several times as long; kernel='torch' says that this is meant",
+        KernelWarning,
+        stacklevel=2,
+    )
 
 
 @lru_cache(maxsize=4096)

@@ -138,7 +138,7 @@ class MergingShell(Optimizer):
             if self.merging.needs_whole_tensors:
                 check_gradients(named(self.param_groups))
             self._agreed = True
-        if slot.rate != group["reserve_rate"] or self.merging.streams(slot.job):
+        if slot.rate != group["reserve_rate"] and not self.merging.streams(slot.job):
             self.merging.attach(slot.job, group)
             slot.rate = group["reserve_rate"]
 
@@ -154,7 +154,10 @@ class MergingShell(Optimizer):
         # A group may stay due for ever: one that never merges. Others must not be measured in its stead.
         if due and any(self._meter.wants(slot.group) for slot in merging):
             sums = torch.zeros(len(slots), len(SUMS), dtype=torch.float64, device="cpu")
-        self._runner.run(slots, sums=sums)
+        if any(self.merging.streams(slot.job) for slot in merging):
+            self._run_one_by_one(slots, sums)
+        else:
+            self._runner.run(slots, sums=sums)
         if merging:
             self._note_merges(merging)
         if sums is not None:
@@ -163,6 +166,14 @@ class MergingShell(Optimizer):
         if found is not None:
             self._diagnostics = found
             self._warned = self._warned or warn_if_lost(found.arrival)
+
+    def _run_one_by_one(self, slots: Sequence[Slot], sums: Tensor | None) -> None:
+        """Step in order: a τ that comes from the host is beside its parameter only until the one after next."""
+        self.merging.prefetch([slot.name for slot in slots if slot.job.settings.merge])
+        for row, slot in enumerate(slots):
+            if slot.job.settings.merge:
+                self.merging.attach(slot.job, self.param_groups[slot.group])
+            self._runner.run([slot], sums=None if sums is None else sums[row : row + 1])
 
     def _note_merges(self, merging: Sequence[Slot]) -> None:
         """Tell the meter which groups merge, and how much of each: all of it, in almost every step."""
