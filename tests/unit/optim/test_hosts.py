@@ -553,6 +553,29 @@ def test_parameters_may_move_to_another_group(make, delta):
     )  # the others' gradients change a little
 
 
+@every_optimizer
+def test_parameters_may_move_to_another_group_after_a_resume(make, delta):
+    """They have been trained, and so are not the reference any more, in whatever group."""
+
+    def resume_and_regroup(model, optimizer):
+        saved = copy.deepcopy(optimizer.state_dict())
+        fresh = make(model, delta)
+        fresh.load_state_dict(saved)
+        for key in ("params", "param_names"):
+            fresh.param_groups[0][key] = fresh.param_groups[0][key][:2]
+        fresh.add_param_group({"params": [(n, p) for n, p in model.named_parameters() if n.startswith("2")]})
+        return fresh
+
+    model = small_model(1)
+    optimizer = make(model, delta)
+    for t in range(4):
+        optimizer = resume_and_regroup(model, optimizer) if t == 2 else optimizer
+        optimizer.zero_grad()
+        forward(model, t).backward()
+        optimizer.step()
+    assert torch.equal(flat(model), by_hand(make, delta))
+
+
 def test_parameters_may_be_slices_of_one_buffer_at_any_place(delta):
     """Flat buffers put parameters at addresses no vector instruction likes; gradients may be expanded."""
     model, buffer = small_model(1), torch.empty(200)
