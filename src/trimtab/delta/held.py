@@ -87,7 +87,7 @@ class HeldDelta:
             with a scale per 128 entries; ``sparse`` indices and values, exact, where F(τ) is fixed; ``auto``
             exact: sparse where F(τ) is fixed and keeps at most a quarter, else dense.
         device: ``parameter`` holds it beside the parameter, ``host`` in pinned memory of the CPU, from where
-            it is copied one tensor ahead (see :meth:`prefetch`). The same for parameters on the CPU.
+            it is copied (one tensor ahead: see :meth:`prefetch`). The same for parameters on the CPU.
 
     Raises:
         UserError: an unknown storage or device.
@@ -149,8 +149,8 @@ class HeldDelta:
                 ``int8`` where a shard cuts blocks.
 
         Returns:
-            The format. From the host it is a copy on ``device``, good for the work that is queued before the
-            next one is asked for.
+            The format. From the host it is a copy on ``device``; after :meth:`prefetch` it is good for the
+            work that is queued before the next one is asked for.
 
         Raises:
             UserError: ``sparse`` without a mask; ``int8`` that would need ``mask_at``.
@@ -160,29 +160,29 @@ class HeldDelta:
         if entry is None or not entry.serves(layout, device, dtype, key):
             request = _Request(layout, device, dtype, key)
             entry = self._entries[name] = self._made(name, request, mask, mask_at, entry)
-        if not entry.on_host:
-            return entry.tau
-        following = self._entries.get(self._next.get(name, ""))
-        return self._buffer(device).take(entry.tau, following.tau if following else None)
+        return self._from_host(name, entry, device) if entry.on_host else entry.tau
 
     def prefetch(self, names: Sequence[str]) -> None:
-        """Say in which order :meth:`get` will be called, and send the first τ on its way.
+        """Promise to take the coming step parameter by parameter in this order, and send the first τ off.
 
-        Does nothing where τ lies beside its parameter, or has not been made yet.
+        While a parameter is stepped, the τ of the one after it is copied: two are on the device, no more.
+        Without the promise every τ that comes from the host is a copy of its own. Does nothing where τ lies
+        beside its parameter.
 
         Args:
-            names: canonical names of the parameters of the coming step, in order.
+            names: canonical names of the parameters of the coming step, in order; none takes the promise
+                back.
         """
         if self.device == "parameter":
             return
-        self._next = dict(pairwise(names))
+        self._next = dict(pairwise([*names, ""]))
         first = self._entries.get(names[0]) if names else None
         if first is not None and first.on_host:
             self._buffer(first.request.device).start(first.tau)
 
     @property
     def streams(self) -> bool:
-        """Whether τ comes from the host, two tensors at a time: then take the steps one by one, in order."""
+        """Whether any τ comes from the host: then :meth:`prefetch`, and step one by one, in order."""
         return any(entry.on_host for entry in self._entries.values())
 
     def describe(self) -> str:
@@ -234,7 +234,7 @@ class HeldDelta:
         else:
             values = self._read(name, request.layout, request) if source is None else source
             tau = self._exact_or_rounded(values if mask is None else mask(values), request, mask is not None)
-        if self.device == "parameter" or request.device.type != "cuda":
+        if not self._belongs_on_host(request.device):
             return _Entry(request, tau, source=source)
         source = None if source is None else source.to("cpu")
         return _Entry(request, tau.to("cpu").pin_memory(), on_host=True, source=source)
@@ -289,6 +289,15 @@ class HeldDelta:
         else:
             values = self.delta.slice(name, layout.slices(), dtype=request.dtype)
         return values.detach().reshape(-1).to(request.device)
+
+    def _from_host(self, name: str, entry: _Entry, device: torch.device) -> Tau:
+        if name not in self._next:
+            return entry.tau.map(lambda t: t.to(device, non_blocking=True, copy=True))
+        following = self._entries.get(self._next[name])
+        return self._buffer(device).take(entry.tau, following.tau if following else None)
+
+    def _belongs_on_host(self, device: torch.device) -> bool:
+        return self.device == "host" and device.type == "cuda"
 
     def _buffer(self, device: torch.device) -> DoubleBuffer:
         return self._copies.setdefault(device, DoubleBuffer(device))

@@ -356,6 +356,52 @@ def test_on_the_cpu_host_is_parameter(delta):
     assert held.nbytes() == one.nbytes
 
 
+@pytest.fixture
+def on_host(delta, monkeypatch):
+    """A held delta that takes the CPU for a GPU whose memory is not the host's."""
+    monkeypatch.setattr(HeldDelta, "_belongs_on_host", lambda self, device: self.device == "host")
+    for kind in (DenseTau, SparseTau, Int8Tau):
+        monkeypatch.setattr(kind, "pin_memory", lambda tau: tau.map(torch.Tensor.clone))
+    return HeldDelta(delta, "bfloat16", "host")
+
+
+def test_from_the_host_every_tau_is_a_copy_of_its_own(delta, on_host):
+    taken = {name: get(on_host, name) for name in SHAPES}
+    assert on_host.streams
+    for name, tau in taken.items():
+        assert torch.equal(dense(tau), delta.tau[name].reshape(-1).to(torch.bfloat16).float())
+        assert tau.values.data_ptr() != on_host._entries[name].tau.values.data_ptr() or tau.numel == 0
+    assert on_host.nbytes() == sum(tau.nbytes for tau in taken.values())
+    assert delta.still_alive() == 0
+
+
+def test_after_the_promise_two_are_on_the_device(delta, on_host):
+    sizes = [get(on_host, name).nbytes for name in SHAPES]
+    for _ in range(2):
+        on_host.prefetch(list(SHAPES))
+        for name in SHAPES:
+            tau = get(on_host, name)
+            assert torch.equal(dense(tau), delta.tau[name].reshape(-1).to(torch.bfloat16).float())
+        copies = on_host.nbytes() - sum(sizes)
+        assert max(sizes) <= copies <= 2 * (max(sizes) + 256)
+    on_host.prefetch([])
+    first, second, third = (get(on_host, name) for name in ("a.weight", "b.weight", "a.weight"))
+    assert torch.equal(dense(first), dense(third))
+    assert first.values.data_ptr() != third.values.data_ptr()
+    assert dense(second).numel() == 3 * 8 * 128
+    assert len(delta.reads) == len(SHAPES)
+
+
+def test_from_the_host_another_p_is_still_rebuilt(delta, on_host):
+    for p in (0.1, 0.2, 0.3):
+        mask = drawn("a.weight", p)
+        on_host.prefetch(["a.weight"])
+        tau = get(on_host, "a.weight", mask=mask, key=p)
+        wanted = mask(delta.tau["a.weight"].reshape(-1)).to(torch.bfloat16).float()
+        assert torch.equal(dense(tau), wanted)
+    assert len(delta.reads) == 2
+
+
 def test_two_places_take_turns():
     """What a GPU gets: each τ in order, never more than two, and the one in use is never written to."""
     torch.manual_seed(0)
