@@ -92,6 +92,7 @@ CASES = {
 }
 MAIN = ("ondare l1", "onties", "onties K", "onties bf16, residual", "bernoulli around sgd, l1")
 RESUMED = ("ondare l1", "onties K", "onties bf16, residual", "ondare bf16, stochastic", "top around adamw, K")
+RESUMED_IN_FULL = ("onties bf16, residual", "top around adamw, K")
 WAYS = {
     2: {"fsdp": tuple(CASES), "tp": MAIN, "ddp": MAIN},
     4: {"fsdp": tuple(dict.fromkeys((*MAIN, *RESUMED))), "hsdp": MAIN, "fsdp over tp": MAIN},

@@ -22,6 +22,12 @@ import torch
 import torch._dynamo  # sharding imports it: once, here
 from accelerate.utils.fsdp_utils import fsdp2_switch_optimizer_parameters
 from torch import Tensor, distributed
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -30,6 +36,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from tests.distributed.shard_cases import (
     CASES,
     RESUMED,
+    RESUMED_IN_FULL,
     SAVED_AFTER,
     STEPS,
     WAYS,
@@ -213,11 +220,16 @@ def work(folder: Path, rank: int, size: int) -> None:
                 run.steps(range(1, SAVED_AFTER + 1))
                 if name in RESUMED and way == "fsdp":
                     save(folder / "saved" / f"{size} {name}", run.model, run.optimizer)
+                    if name in RESUMED_IN_FULL and size == 2:
+                        save_full(folder / f"{name}.pt", run, rank)
                 run.steps(range(SAVED_AFTER + 1, STEPS + 1))
             results["runs"][way, name] = run.result()
         results["layouts"][way] = layouts(sharded)
     if size == 4:
         results["resumed"] = {name: resumed(name, ways["fsdp"]) for name in RESUMED}
+        results["resumed in full"] = {
+            name: resumed_in_full(name, ways["fsdp"], rank) for name in RESUMED_IN_FULL
+        }
     else:
         results["runs"]["accelerate's order", "onties"] = accelerate_order(ways["fsdp"])
         results["refused"] = refusals(ways["fsdp"], rank)
@@ -228,6 +240,27 @@ def resumed(name: str, sharded: Sharded) -> dict[str, Any]:
     """The rest of a run that two processes have begun."""
     run = Run(name, sharded)
     load(sharded.folder / "saved" / f"2 {name}", run.model, run.optimizer)
+    run.steps(range(SAVED_AFTER + 1, STEPS + 1))
+    return run.result()
+
+
+def save_full(path: Path, run: Run, rank: int) -> None:
+    """A checkpoint in one file, as accelerate writes it for FULL_STATE_DICT."""
+    whole = StateDictOptions(full_state_dict=True, cpu_offload=True, broadcast_from_rank0=True)
+    weights, state = get_state_dict(run.model, run.optimizer, options=whole)
+    if rank == 0:
+        torch.save({"model": weights, "optimizer": state}, path)
+
+
+def resumed_in_full(name: str, sharded: Sharded, rank: int) -> dict[str, Any]:
+    """The same from the file: the first process reads it and hands out the shards."""
+    run = Run(name, sharded)
+    saved = {"model": {}, "optimizer": {}}
+    if rank == 0:
+        saved = torch.load(sharded.folder / f"{name}.pt", weights_only=True)
+    whole = StateDictOptions(full_state_dict=True, cpu_offload=True, broadcast_from_rank0=True)
+    set_model_state_dict(run.model, saved["model"], options=whole)
+    set_optimizer_state_dict(run.model, run.optimizer, saved["optimizer"], options=whole)
     run.steps(range(SAVED_AFTER + 1, STEPS + 1))
     return run.result()
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from tests.distributed.shard_cases import (
     CASES,
     RESUMED,
+    RESUMED_IN_FULL,
     SAVED_AFTER,
     STEPS,
     WAYS,
@@ -138,6 +139,13 @@ def test_only_this_process_s_part_of_tau_is_read(size: int, way: str, case: str,
 @pytest.mark.parametrize("case", RESUMED)
 def test_two_processes_checkpoint_is_continued_by_four(case: str, results: Any, alone: Any) -> None:
     assert_equal(assembled([found["resumed"][case] for found in results[4]]), alone(case))
+
+
+@pytest.mark.parametrize("case", RESUMED_IN_FULL)
+def test_a_checkpoint_gathered_into_one_file_is_continued_by_four(
+    case: str, results: Any, alone: Any
+) -> None:
+    assert_equal(assembled([found["resumed in full"][case] for found in results[4]]), alone(case))
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")

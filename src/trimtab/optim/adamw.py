@@ -18,7 +18,14 @@ from trimtab.ops.moments import StateDtype
 from trimtab.ops.presets import Method
 from trimtab.optim.jobs import Kernel, Slot, stored_as
 from trimtab.optim.merging import ANCHOR, DECAY, SINCE, Merging, weights
-from trimtab.optim.precision import RESIDUAL, Rounding, anchor_like, residual_like, resolve_rounding
+from trimtab.optim.precision import (
+    RESIDUAL,
+    Rounding,
+    anchor_like,
+    residual_bits,
+    residual_like,
+    resolve_rounding,
+)
 from trimtab.optim.sharding import local_of, local_part
 from trimtab.optim.shell import MergingShell, dense_grad, moves
 
@@ -268,7 +275,7 @@ class OnlineMergingAdamW(MergingShell):
             layout=layout,
             param=local,
             stored=stored_as(rounding),
-            residual=local_of(state[RESIDUAL]) if rounding == "residual" else None,
+            residual=residual_bits(p, state[RESIDUAL]) if rounding == "residual" else None,
             exp_avg=local_of(state["exp_avg"]),
             exp_avg_sq=local_of(state["exp_avg_sq"]),
             max_exp_avg_sq=None if greatest is None else local_of(greatest),

@@ -25,11 +25,12 @@ __all__ = [
     "unwrapped",
 ]
 
-HARM_BEGAN = 0.4
-"""Drift, in units of τ, from which on the lab's models lost a point of capability or more by it, on average
-over three SFT models, in training and by extrapolation alike (``scripts/measure_drift.py``)."""
+HARM_BEGAN = 0.3
+"""Drift, in units of τ, from which on the lab's models lost a point of capability or more by it: the mean
+over three SFT models, in training with OnDARE (0.4 by extrapolation alone); see
+``benchmarks/results/drift.json``."""
 DRIFT_WARNS = 0.2
-"""Above this drift there is a warning: the largest drift measured below :data:`HARM_BEGAN` in both."""
+"""Above this drift there is a warning: the largest that was measured below :data:`HARM_BEGAN`."""
 
 
 class DriftWarning(UserWarning):

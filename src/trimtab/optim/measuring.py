@@ -69,7 +69,7 @@ class Diagnostics:
         delta: ‖α·F(τ)‖, before the vote.
         cosine: of the angle between (1 − α)·F(Δ) and α·F(τ), before the vote.
         conflicts: share of the entries where F(Δ) and F(τ) have different signs, of those where neither is 0.
-        survived: share of ‖α·F(τ)‖² that the vote let through; 1 (but for rounding) where there is none.
+        survived: share of ‖α·F(τ)‖² that the vote let through; 1 where there is none.
         arrived_update: share of (1 − α)·F(Δ), of its L1 mass, that was not lost to rounding.
         arrived_delta: the same share of α·F(τ).
         drift: ‖Σ α·F(τ)‖ / ‖τ‖ over all merges so far (see the module's docstring).
@@ -319,7 +319,7 @@ def _diagnostics(
         delta=math.sqrt(sums["weighted_tau"]),
         cosine=_share(sums["product"], math.sqrt(sums["weighted_update"]) * math.sqrt(sums["weighted_tau"])),
         conflicts=_share(sums["conflicts"], sums["both"]),
-        survived=_share(sums["surviving_tau"], sums["weighted_tau"]),
+        survived=min(_share(sums["surviving_tau"], sums["weighted_tau"]), 1.0),
         arrived_update=_share(sums["arrived_update"], sums["wanted_update"]),
         arrived_delta=_share(sums["arrived_tau"], sums["wanted_tau"]),
         drift=far,

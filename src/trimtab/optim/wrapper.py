@@ -19,7 +19,14 @@ from trimtab.ops.kernels.torch_engine import update_dtype, write_master
 from trimtab.ops.masks import ROUNDING, MaskKey, Place
 from trimtab.optim.jobs import Kernel, Slot, stored_as
 from trimtab.optim.merging import ANCHOR, DECAY, SINCE, Merging, weights
-from trimtab.optim.precision import RESIDUAL, Rounding, anchor_like, residual_like, resolve_rounding
+from trimtab.optim.precision import (
+    RESIDUAL,
+    Rounding,
+    anchor_like,
+    residual_bits,
+    residual_like,
+    resolve_rounding,
+)
 from trimtab.optim.sharding import local_of, local_part, set_data
 from trimtab.optim.shell import MergingShell, moves
 
@@ -408,7 +415,7 @@ class OnlineMerging(MergingShell):
         if rounding == "residual" and RESIDUAL not in state:
             state[RESIDUAL] = residual_like(weight)
         local, layout, _ = local_part(weight)
-        rest = local_of(state[RESIDUAL]) if rounding == "residual" else None
+        rest = residual_bits(weight, state[RESIDUAL]) if rounding == "residual" else None
         key = MaskKey(self.merging.seed, ROUNDING, state[COUNT], name)
         write_master(local.detach(), rest, local_of(master), stored_as(rounding), key, Place(layout))
 

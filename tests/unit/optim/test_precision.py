@@ -13,6 +13,7 @@ from tests.unit.optim.test_shell import around_adamw, around_sgd, ondare, onties
 from trimtab import ReferenceDelta
 from trimtab.ops import join_master
 from trimtab.optim import PrecisionWarning
+from trimtab.optim.precision import residual_bits
 
 MAKERS = [ondare, onties, around_sgd, around_adamw]
 every_optimizer = pytest.mark.parametrize("make", MAKERS, ids=lambda make: make.__name__)
@@ -41,7 +42,8 @@ def test_bf16_with_residual_is_the_fp32_run_bit_for_bit(make, gap, low):
             optimizer = again
     for p, q in zip(policy.parameters(), wide.parameters(), strict=True):
         assert p.dtype == p.grad.dtype == torch.bfloat16
-        assert torch.equal(join_master(p.detach(), optimizer.state[p]["merge_residual"]), q.detach())
+        residual = residual_bits(p, optimizer.state[p]["merge_residual"])
+        assert torch.equal(join_master(p.detach(), residual), q.detach())
         assert torch.equal(p.detach().float(), q.detach().to(torch.bfloat16).float())
 
 
