@@ -88,6 +88,10 @@ def _pairing(optimizer: Optimizer) -> Iterator[Problem]:
         yield Problem(
             ("optimizer", "fidelity"), "goes with ondare and onties; online_merging names every field"
         )
+    if free and optimizer.state_dtype is not None:
+        yield Problem(
+            ("optimizer", "state_dtype"), "goes with ondare and onties; online_merging wraps torch's AdamW"
+        )
     sparsify = {"ondare": "bernoulli", "onties": "top"}.get(optimizer.name, optimizer.sparsify)
     if optimizer.rescale == "expected" and sparsify in ("top", "none"):
         yield Problem(

@@ -36,6 +36,10 @@ MERGE_SETTINGS = (
     "rescale",
     "redraw",
     "rounding",
+    "delta_storage",
+    "delta_device",
+    "state_dtype",
+    "kernel",
     "measure_every",
     "merge_weight_follows_lr",
     "policy_differs",
@@ -48,6 +52,9 @@ MERGING_DEFAULTS = {
     "merge_weight": 1e-7,
     "merge_every": 1,
     "rounding": "auto",
+    "delta_storage": "auto",
+    "delta_device": "parameter",
+    "kernel": "auto",
     "measure_every": 100,
     "merge_weight_follows_lr": False,
     "policy_differs": False,
@@ -198,6 +205,14 @@ class Optimizer(Section):
     """Draw tau's mask anew at every merge, or once; given by the fidelity when not set."""
     rounding: Literal["auto", "nearest", "residual", "stochastic"] | None = None
     """How small updates survive rounding; auto (when not given): a 16-bit residual below fp32."""
+    delta_storage: Literal["auto", "float32", "bfloat16", "int8", "sparse"] | None = None
+    """How tau is held; auto (when not given): exactly, and sparse where that is smaller."""
+    delta_device: Literal["parameter", "host"] | None = None
+    """Where tau is held: beside the parameter (when not given) or in the host's pinned memory."""
+    state_dtype: Literal["float32", "bfloat16", "int8"] | None = None
+    """Adam's moments (ondare and onties): fp32 (when not given), bf16, or torchao's 8 bits."""
+    kernel: Literal["auto", "native", "triton", "torch"] | None = None
+    """What runs the step; auto (when not given) is the fastest there is."""
     measure_every: PositiveCount | None = None
     """Steps between measurements of what share of a merge arrives; 100 when not given."""
     merge_weight_follows_lr: Flag | None = None

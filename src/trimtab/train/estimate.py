@@ -8,11 +8,17 @@ from typing import Any
 
 import torch
 
+from trimtab.delta.held import SPARSE_SHARE
+from trimtab.ops.formats import INT8_BLOCK
 from trimtab.recipe import Recipe
 from trimtab.train.models import ModelFolder, lora_config
 from trimtab.train.parts import Parts
 
 FP32 = 4
+STORED = {"float32": 4.0, "bfloat16": 2.0, "int8": 1 + 4 / INT8_BLOCK}
+"""Bytes per entry of what the optimizer stores; int8 with its scales."""
+SPARSE_ENTRY = 6
+"""Bytes per kept entry of a sparse τ: two for where it is, four for its value."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +103,7 @@ def count_steps(rows: int | None, arguments: Any) -> int:
 def memory(parts: Parts, parameters: int, trainable: int) -> dict[str, int]:
     """Estimate the bytes that stay allocated in each process, by what they are for.
 
-    Weights, gradients and both moments in fp32; τ in fp32, or F(τ) where it does not change, or both where it
+    Weights and gradients in fp32; moments and τ as the optimizer holds them, and τ itself beside F(τ) where that
     changes with p alone; one more copy for step-K's anchor. What depends on the batch (activations, logits)
     is not in it.
     """
@@ -105,13 +111,22 @@ def memory(parts: Parts, parameters: int, trainable: int) -> dict[str, int]:
     sizes = {
         "weights": FP32 * parameters,
         "gradients": FP32 * trainable,
-        "Adam's moments": 2 * FP32 * trainable,
-        "reference delta": FP32 * trainable * optimizer.merges,
-        "sparsified delta": FP32 * trainable * _keeps_sparsified(parts),
+        "Adam's moments": int(2 * STORED[optimizer.state_dtype or "float32"] * trainable),
+        "reference delta": int(_delta_bytes(parts) * trainable * optimizer.merges),
+        "delta before F": FP32 * trainable * (_is_fixed(parts) and parts.recipe.schedule.reserve_rate is not None),
         "anchor of step-K": FP32 * trainable * (optimizer.merges and gap > 1),
         "reference model": FP32 * parameters * _loads_reference(parts),
     }
     return {name: size for name, size in sizes.items() if size}
+
+
+def _delta_bytes(parts: Parts) -> float:
+    """Bytes per parameter of τ, or of F(τ), as it is held."""
+    optimizer = parts.recipe.optimizer
+    rate, storage = optimizer.reserve_rate or 1.0, optimizer.delta_storage or "auto"
+    if _is_fixed(parts) and (storage == "sparse" or (storage == "auto" and rate <= SPARSE_SHARE)):
+        return SPARSE_ENTRY * rate
+    return STORED["float32" if storage in ("auto", "sparse") else storage]
 
 
 def _gap(recipe: Recipe) -> int:
@@ -119,11 +134,9 @@ def _gap(recipe: Recipe) -> int:
     return max([recipe.optimizer.merge_every or 1, *gaps])
 
 
-def _keeps_sparsified(parts: Parts) -> bool:
-    """Whether F(τ) is kept beside τ: it is used again, but not for ever."""
+def _is_fixed(parts: Parts) -> bool:
+    """Whether F(τ) is the same at every merge, so that it is what is held."""
     optimizer = parts.recipe.optimizer
-    if parts.recipe.schedule.reserve_rate is None:
-        return False
     once = optimizer.redraw is False or optimizer.fidelity == "released"
     return optimizer.merges and (once or optimizer.name == "onties" or optimizer.sparsify == "top")
 
