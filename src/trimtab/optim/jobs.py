@@ -15,6 +15,7 @@ from trimtab.errors import UserError, unknown
 from trimtab.ops import Operator, top_count
 from trimtab.ops.kernels.engine import Engine, engines_for
 from trimtab.ops.kernels.job import Job, Stored
+from trimtab.ops.kernels.sampling import step_and_sample
 from trimtab.ops.kernels.torch_engine import TorchEngine
 from trimtab.ops.sparsify import Counting
 from trimtab.optim.settling import needs_others, step_shards
@@ -99,14 +100,15 @@ class Runner:
 
         Args:
             slots: what to step, with all per-step fields of their jobs set.
-            sums: float64 (slots, SUMS) to be filled with what is measured; None measures nothing.
+            sums: float64 (slots, SUMS) to be filled with what is measured, by the engine or, where it does
+                not measure, of a sample of the entries; None measures nothing.
         """
         for slot in slots:
             if slot.engine is None:
                 slot.engine = self.engine_for(slot.job)
         together = [i for i, slot in enumerate(slots) if needs_others(slot.job, self.operator)]
         if together:
-            pairs = [(slots[i].job, self._running(slots[i], sums)) for i in together]
+            pairs = [(slots[i].job, _engine_of(slots[i])) for i in together]
             measured = None if sums is None else sums[together]
             step_shards(pairs, self.operator, measured)
             if sums is not None and measured is not None:
@@ -115,22 +117,23 @@ class Runner:
         by_engine: dict[int, tuple[Engine, list[int]]] = {}
         for i, slot in enumerate(slots):
             if i not in apart:
-                engine = self._running(slot, sums)
+                engine = _engine_of(slot)
                 by_engine.setdefault(id(engine), (engine, []))[1].append(i)
         for engine, rows in by_engine.values():
             jobs = [slots[i].job for i in rows]
-            if sums is None or not engine.measures:
+            if sums is None:
                 engine.step(jobs, self.operator)
-            else:
+            elif engine.measures:
                 part = torch.zeros(len(jobs), sums.shape[1], dtype=torch.float64, device=sums.device)
                 engine.step(jobs, self.operator, part)
                 sums[rows] = part
+            else:
+                sums[rows] = step_and_sample(engine, jobs, self.operator).to(sums.device)
 
-    def _running(self, slot: Slot, sums: Tensor | None) -> Engine:
-        """The slot's engine, or the one that measures where a merge is to be measured."""
-        assert slot.engine is not None
-        measures = sums is None or slot.engine.measures or not slot.job.settings.merge
-        return slot.engine if measures else self._torch
+
+def _engine_of(slot: Slot) -> Engine:
+    assert slot.engine is not None
+    return slot.engine
 
 
 class KernelWarning(UserWarning):

@@ -13,6 +13,7 @@ from trimtab.errors import UserError
 from trimtab.ops import DELTA, UPDATE, MaskKey, Operator, content_hash
 from trimtab.ops.kernels.engine import Engine
 from trimtab.ops.kernels.job import Job
+from trimtab.ops.kernels.sampling import sampled
 from trimtab.ops.masks import Place
 from trimtab.ops.select import Part, thinnings
 from trimtab.optim.sharding import ShardGroup, local_part, shard_group
@@ -120,8 +121,12 @@ def _step_bucket(
         engine.update([jobs[i][0] for i in at])
     _settle([job for job, _ in jobs], operator, group)
     for engine, at in _by_engine(jobs):
-        part = None if sums is None else sums[at]
-        engine.step([jobs[i][0] for i in at], operator, part)
+        own, part = [jobs[i][0] for i in at], None
+        if sums is not None and engine.measures:
+            part = sums[at]
+        elif sums is not None:
+            sums[at] = torch.stack([sampled(job, operator) for job in own])
+        engine.step(own, operator, part)
         if sums is not None and part is not None:
             sums[at] = part
     for job, _ in jobs:
