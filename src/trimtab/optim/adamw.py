@@ -166,8 +166,7 @@ class OnlineMergingAdamW(MergingShell):
         """
         self._check_identities(state_dict)
         super().load_state_dict(state_dict)
-        self._restore_dtypes(state_dict)
-        self._forget_jobs()
+        self._after_load(state_dict)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()

@@ -168,7 +168,7 @@ class MergingShell(Optimizer):
             self._warned = self._warned or warn_if_lost(found.arrival)
 
     def _run_one_by_one(self, slots: Sequence[Slot], sums: Tensor | None) -> None:
-        """Step in order: a τ that comes from the host is beside its parameter only until the one after next."""
+        """Step in order: a τ that comes from the host stays beside its parameter for a while only."""
         self.merging.prefetch([slot.name for slot in slots if slot.job.settings.merge])
         for row, slot in enumerate(slots):
             if slot.job.settings.merge:
@@ -240,6 +240,12 @@ class MergingShell(Optimizer):
                     f"{', '.join(differing)}; resume with the same delta, method and seed, or start a new run"
                 )
             _check_saved_names(i, ours["param_names"], saved.get("param_names", ours["param_names"]))
+
+    def _after_load(self, state_dict: dict[str, Any]) -> None:
+        self._restore_dtypes(state_dict)
+        self._forget_jobs()
+        checked = [group for group in self.param_groups if group.get(_CHECKED)]
+        self._policy_checked.update(name for name, _ in named(checked))
 
     def _restore_dtypes(self, state_dict: dict[str, Any]) -> None:
         """Undo the cast of float state to the parameter's dtype that ``Optimizer.load_state_dict`` makes."""

@@ -207,7 +207,7 @@ class OnlineMerging(MergingShell):
         self.optimizer.state = state
 
     @property
-    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+    def defaults(self) -> dict[str, Any]:
         return self.optimizer.defaults
 
     @defaults.setter
@@ -241,8 +241,7 @@ class OnlineMerging(MergingShell):
         self._loading = state_dict
 
     def _post_load(self, _: Optimizer) -> None:
-        self._restore_dtypes(self._loading)
-        self._forget_jobs()
+        self._after_load(self._loading)
         del self._loading
 
     # -- the step
