@@ -41,7 +41,7 @@ def cpu_seconds(call: Any) -> float:
     return time.thread_time() - start
 
 
-def compared(kind: type, kernel: str, delta: Any, shapes: dict[str, Any], repeat: int) -> dict[str, float]:
+def compared(kind: type, kernel: str, delta: Any, shapes: dict[str, Any], repeat: int) -> dict[str, Any]:
     optimizer = kind(
         parameters(shapes).items(), delta, lr=1e-6, reserve_rate=0.5, policy_differs=True, kernel=kernel
     )
@@ -56,6 +56,7 @@ def compared(kind: type, kernel: str, delta: Any, shapes: dict[str, Any], repeat
     notes = statistics.median(notes_of(optimizer) for _ in range(20))
     ratio = statistics.median(ratios)
     return {
+        "engine": next(iter(optimizer._slots.values())).engine.name,
         "measuring_step_ratio": round(ratio, 2),
         "lowest": round(min(ratios), 2),
         "highest": round(max(ratios), 2),

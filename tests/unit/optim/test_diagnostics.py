@@ -421,3 +421,25 @@ def test_only_merges_that_are_due_cost_a_measurement(monkeypatch: pytest.MonkeyP
     assert optimizer.diagnostics.groups[1] is None
     assert optimizer.diagnostics.groups[0].update == optimizer.diagnostics.update
     assert drift(optimizer.param_groups) == drift(optimizer.param_groups[:1]) > 0
+
+
+@pytest.mark.parametrize("kind", BUILDS)
+def test_measuring_changes_nothing_whatever_engine_steps(kind: str) -> None:
+    """On the engine that is chosen here, tensors large enough that only a sample of them is measured."""
+    results = []
+    for every in (1, 0):
+        models = []
+        for seed in (1, 0):
+            torch.manual_seed(seed)
+            models.append(torch.nn.Linear(260, 150))
+        delta = ReferenceDelta.between(reference=models[0], base=models[1])
+        optimizer = BUILDS[kind](models[0], delta)
+        optimizer._meter.every = every
+        for step in range(1, 5):
+            generator = torch.Generator().manual_seed(step)
+            for p in models[0].parameters():  # coarse gradients: top has ties to decide
+                p.grad = (torch.randn(p.shape, generator=generator) * 4).round() / 4
+            optimizer.step()
+        results.append(flat(models[0]))
+        assert (optimizer.diagnostics is None) == (every == 0)
+    assert torch.equal(*results)

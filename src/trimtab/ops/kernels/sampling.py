@@ -39,13 +39,22 @@ def step_and_sample(engine: Engine, jobs: Sequence[Job], operator: Operator) -> 
     for row, job in enumerate(jobs):
         if job.settings.merge:
             engine.update([job])
+            _settle(job, operator)  # once, for the sample and for the engine
             sums[row] = sampled(job, operator)
             engine.step([job], operator)
-            job.update = None
+            job.update, job.cuts, job.factors = None, (None, None), None
     plain = [job for job in jobs if not job.settings.merge]
     if plain:
         engine.step(plain, operator)
     return sums
+
+
+def _settle(job: Job, operator: Operator) -> None:
+    """Find what depends on the whole tensor: where top cuts, how l1 rescales."""
+    update, tau = thinnings(job, operator)
+    job.cuts = update.cut, tau.cut
+    if operator.rescale == "l1":
+        job.factors = update.factor, tau.factor
 
 
 def sampled(job: Job, operator: Operator) -> Tensor:
