@@ -18,6 +18,9 @@ from trimtab.ops.kernels.job import Job
 from trimtab.ops.kernels.triton_columns import STATE
 
 
+_MOST_BINS = 1 << 15
+
+
 @dataclass(frozen=True, slots=True)
 class Shape:
     """How the kernels cut their work. The defaults are by reasoning: unmeasured on a GPU so far.
@@ -26,7 +29,7 @@ class Shape:
         block: entries of one program.
         warps: warps of one program.
         samples: entries of a tensor that top looks at to bracket its threshold.
-        bins: bins in which candidates are counted.
+        bins: bins in which candidates are counted, at least; more where a tensor is large.
         short: candidates that may share the threshold's bin without a search through the tensor.
         spread: half the bracket's width in standard deviations.
     """
@@ -71,6 +74,9 @@ class Search:
         device: where they lie.
     """
 
+    states: Tensor
+    """What the last search found (:data:`~trimtab.ops.kernels.triton_columns.STATE`)."""
+
     def __init__(self, jobs: Sequence[Job], rows: Sequence[int], shape: Shape, device: torch.device) -> None:
         self.shape, self.device, self.counts = shape, device, [job.count for job in jobs]
         words, owners, offset = [], [], 0
@@ -81,6 +87,8 @@ class Search:
             owners += [(number, block) for block in range(-(-capacity // shape.block))]
             offset += capacity
         self.room = offset
+        largest = max(job.layout.numel for job in jobs)
+        self.bins = min(max(shape.bins, 1 << (largest >> 14).bit_length()), _MOST_BINS)
         self.searches = torch.tensor(words, dtype=torch.int64).to(device)
         self.owners = torch.tensor(owners, dtype=torch.int32).reshape(-1, 2).to(device)
 
@@ -93,8 +101,8 @@ class Search:
             rows: the jobs' rows.
         """
         shape, number = self.shape, len(self.counts)
-        states = self._zeros(number, len(STATE))
-        bins = self._zeros(number, shape.bins)
+        self.states = states = self._zeros(number, len(STATE))
+        bins = self._zeros(number, self.bins)
         listed_bits, listed_index = self._empty(self.room), self._empty(self.room)
         short = torch.empty(number, shape.short, dtype=torch.int64, device=self.device)
         searching = [launch for launch in launches if launch.kind.searches]
@@ -105,7 +113,7 @@ class Search:
                 states,
                 rows,
                 SAMPLES=shape.samples,
-                BINS=shape.bins,
+                BINS=self.bins,
                 **_constants(launch.kind),
                 **options(16),
             )
@@ -119,14 +127,14 @@ class Search:
                 listed_bits,
                 listed_index,
                 BLOCK=shape.block,
-                BINS=shape.bins,
+                BINS=self.bins,
                 ALIGNED=launch.kind.ALIGNED,
                 KEEP=_keeps(launch.kind),
                 **_constants(launch.kind),
                 **options(shape.warps),
             )
         one = (number,)
-        select.narrow[one](self.searches, states, bins, rows, BINS=shape.bins, SHORT=shape.short, num_warps=8)
+        select.narrow[one](self.searches, states, bins, rows, BINS=self.bins, SHORT=shape.short, num_warps=8)
         if len(self.owners):
             select.gather[(len(self.owners),)](
                 self.owners,

@@ -95,9 +95,12 @@ def sample(
         bit = 1 << (30 - i)
         high = tl.where(tl.sum((bits >= high + bit).to(tl.int32)) >= upper, high + bit, high)
         low = tl.where(tl.sum((bits >= low + bit).to(tl.int32)) >= lower, low + bit, low)
+    # Bins cover the bracket; where it has no upper end, two octaves above the sample's largest entry.
+    reach = tl.minimum(tl.max(bits), 0x7FFFFFFF - 0x1000000) + 0x1000000
+    reach = tl.where(upper > 0, high, tl.maximum(reach, low))
     shift = tl.full((), 0, tl.int32)
     for i in range(31):
-        shift = shift + (((high - low) >> i) >= BINS).to(tl.int32)
+        shift = shift + (((reach - low) >> i) >= BINS).to(tl.int32)
     tl.store(state + _LOW, low)
     tl.store(state + _HIGH, high)
     tl.store(state + _SHIFT, shift)
@@ -163,7 +166,8 @@ def scan(
     offset = tl.load(search + _OFFSET)
     tl.store(listed_bits + offset + slot, bits, mask=room)
     tl.store(listed_index + offset + slot, index.to(tl.int32), mask=room)
-    tl.atomic_add(bins + number * BINS + ((bits - low) >> shift), 1, mask=inside, sem="relaxed")
+    bin = tl.minimum((bits - low) >> shift, BINS - 1)
+    tl.atomic_add(bins + number * BINS + bin, 1, mask=inside, sem="relaxed")
 
 
 @triton.jit
@@ -196,6 +200,7 @@ def narrow(searches, states, bins, rows, BINS: tl.constexpr, SHORT: tl.constexpr
         tl.store(cut + 1, total)
     else:
         tl.store(state + _LOW, begin)
+        tl.store(state + _SHIFT, tl.where(before == 0, 31, shift))  # the last bin has no upper end
         tl.store(state + _NEED, rest)
         tl.store(state + _FOUND, found)
         lost = (found > SHORT) | (listed > tl.load(search + _CAPACITY).to(tl.int32))
@@ -302,7 +307,7 @@ def exhaust(
                 )
                 bits = tl.where(valid, magnitude(update), -1)
                 reached += tl.sum((bits[:, None] >= steps[None, :]).to(tl.int32), axis=0)
-            enough = (reached >= count) & (digits < (1 << width))
+            enough = (reached >= count) & (digits < (1 << width)) & (steps >= threshold)
             threshold = threshold + ((tl.sum(enough.to(tl.int32)) - 1) << left)
         above = tl.full((), 0, tl.int32)
         for start in range(0, total, BLOCK):
