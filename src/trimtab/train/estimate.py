@@ -103,17 +103,18 @@ def count_steps(rows: int | None, arguments: Any) -> int:
 def memory(parts: Parts, parameters: int, trainable: int) -> dict[str, int]:
     """Estimate the bytes that stay allocated in each process, by what they are for.
 
-    Weights and gradients in fp32; moments and τ as the optimizer holds them, and τ itself beside F(τ) where that
-    changes with p alone; one more copy for step-K's anchor. What depends on the batch (activations, logits)
-    is not in it.
+    Weights and gradients in fp32; moments and τ as the optimizer holds them, and τ itself beside F(τ) where
+    that changes with p alone; one more copy for step-K's anchor. What depends on the batch (activations,
+    logits) is not in it.
     """
     optimizer, gap = parts.recipe.optimizer, _gap(parts.recipe)
+    keeps_both = _is_fixed(parts) and parts.recipe.schedule.reserve_rate is not None
     sizes = {
         "weights": FP32 * parameters,
         "gradients": FP32 * trainable,
         "Adam's moments": int(2 * STORED[optimizer.state_dtype or "float32"] * trainable),
         "reference delta": int(_delta_bytes(parts) * trainable * optimizer.merges),
-        "delta before F": FP32 * trainable * (_is_fixed(parts) and parts.recipe.schedule.reserve_rate is not None),
+        "delta before F": FP32 * trainable * keeps_both,
         "anchor of step-K": FP32 * trainable * (optimizer.merges and gap > 1),
         "reference model": FP32 * parameters * _loads_reference(parts),
     }

@@ -105,7 +105,8 @@ def _maker(
     if delta is None:
         raise UserError(f"optimizer {section.name} merges a reference delta; give base or delta")
     given = section.model_dump(exclude_none=True, include=set(MERGE_SETTINGS))
-    merging = {key: value for key, value in given.items() if key not in ("fidelity", "state_dtype")} | {"seed": seed}
+    merging = {key: value for key, value in given.items() if key not in ("fidelity", "state_dtype")}
+    merging["seed"] = seed
     if section.name == "online_merging":
         return lambda groups: OnlineMerging(torch.optim.AdamW(groups, **adam), delta, **merging)
     kind = {"ondare": OnDARE, "onties": OnTIES}[section.name]

@@ -43,12 +43,8 @@ def engines_for(device: str) -> tuple[tuple[str, Engine | None, str | None], ...
 
 
 def _native() -> tuple[Engine | None, str | None]:
-    try:
-        from trimtab.ops.kernels import native
+    from trimtab.ops.kernels import native
 
-        native.available  # noqa: B018
-    except (ImportError, AttributeError) as error:
-        return None, str(error)
     return (native.NativeEngine(), None) if native.available() else (None, native.reason())
 
 

@@ -88,10 +88,11 @@ class Job:
         exp_avg_sq: Adam's second moment.
         max_exp_avg_sq: AMSGrad's maximum of it; None without AMSGrad.
         group: the process group that the parameter is sharded over; None where the layout is whole.
-        update_dtype: dtype of Δ; default max(fp32, the parameter's). A wider master that stands in for an fp32
-            parameter says fp32.
-        kept_dtype: dtype in which the sum is kept, for what is measured of rounding; default that of ``param``
-            (of the master where there is a rounding help). A master that stands in says its parameter's.
+        update_dtype: dtype of Δ; default max(fp32, the parameter's). A wider master that stands in for an
+            fp32 parameter says fp32.
+        kept_dtype: dtype in which the sum is kept, for what is measured of rounding; default that of
+            ``param`` (of the master where there is a rounding help). A master that stands in says its
+            parameter's.
         settings: this step's settings.
         grad: the gradient in any floating dtype; None where Δ is θ' − base alone.
         anchor: θ at the last merge (step-K) or before the wrapped optimizer's step, in the master's dtype.

@@ -1,7 +1,7 @@
 """The engine written in torch: the specification of the others, and what runs where no kernel does.
 
-It works through each tensor in chunks that stay in the processor's cache, so that a step needs no temporaries of
-the model's size (``top`` and ``l1``, which must see a whole tensor before they can act, hold its Δ).
+It works through each tensor in chunks that stay in the processor's cache, so that a step needs no temporaries
+of the model's size (``top`` and ``l1``, which must see a whole tensor before they can act, hold its Δ).
 """
 
 from __future__ import annotations
@@ -268,8 +268,8 @@ def read_master(param: Tensor, residual: Tensor | None, stored: Stored) -> Tenso
         stored: how the master is kept.
 
     Returns:
-        ``param`` itself for plain rounding at fp32 or fp64; else a wider copy: fp32 for bf16 and fp16, fp64 for
-        fp32 with a rounding help.
+        ``param`` itself for plain rounding at fp32 or fp64; else a wider copy: fp32 for bf16 and fp16, fp64
+        for fp32 with a rounding help.
     """
     if stored == "nearest" and param.dtype in (torch.float32, torch.float64):
         return param
