@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -45,7 +45,7 @@ class Slot:
     job: Job
     pointer: int
     count: Any = None
-    made_from: Mapping[str, Any] = field(default_factory=dict)
+    made_from: tuple[Any, ...] = ()
     steps: int = 0
     merges: bool = False
     group: int = 0

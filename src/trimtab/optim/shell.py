@@ -109,10 +109,10 @@ class MergingShell(Optimizer):
         self._names_checked = False
 
     def _before_step(self) -> None:
-        refuse_flattened(self.param_groups)
         self._agreed = False
-        parameters = named(self.param_groups)
         if not self._names_checked:
+            refuse_flattened(self.param_groups)
+            parameters = named(self.param_groups)
             _refuse_unsupported(parameters)
             self.merging.check_names(parameters)
             self._write_identities()
