@@ -24,7 +24,7 @@ from trimtab.ops.kernels.torch_engine import TorchEngine
 from trimtab.ops.kernels.triton_kernels import INTERPRETED
 from trimtab.ops.kernels.triton_plan import DTYPES, Kind, Plan, Turn, is_capturing, kind_of
 from trimtab.ops.kernels.triton_search import Shape
-from trimtab.ops.kernels.triton_tables import Terms, known, terms_of
+from trimtab.ops.kernels.triton_tables import Known, Terms, known, terms_of
 
 _LARGEST = (1 << 31) - (1 << 16)
 """Entries of a tensor in which top can search, and of a sparse τ."""
@@ -34,6 +34,7 @@ _RESIDUALS = {
     torch.float32: torch.bfloat16,
 }
 _PLANS = 8
+_FORMING = Operator()
 
 
 class TritonEngine:
@@ -54,7 +55,8 @@ class TritonEngine:
     def __init__(self, shape: Shape | None = None) -> None:
         self.shape = Shape() if shape is None else shape
         self._torch = TorchEngine()
-        self._kinds: dict[tuple[object, ...], Kind] = {}
+        self._kinds: dict[Kind, Kind] = {}
+        self._terms: dict[Terms, Terms] = {}
 
     def refuses(self, job: Job, operator: Operator) -> str | None:
         """Why this engine cannot run the job as it stands; None where it can."""
@@ -66,12 +68,12 @@ class TritonEngine:
 
     def update(self, jobs: Sequence[Job]) -> None:
         """Advance Adam's moments and form Δ in full, in ``job.update`` (flat, fp32)."""
-        plain = Operator()
-        ours, others = self._shared(jobs, plain, form=True)
-        self._torch.update(others)
-        for job in ours:
+        for job in jobs:
             job.update = torch.empty(job.layout.numel, dtype=torch.float32, device=job.param.device)
-        self._run(ours, plain, form=True)
+        others = self._run(jobs, _FORMING, form=True)
+        for job in others:
+            job.update = None
+        self._torch.update(others)
 
     def step(self, jobs: Sequence[Job], operator: Operator, sums: Tensor | None = None) -> None:
         """Take the step that :class:`~trimtab.ops.kernels.job.Job` describes.
@@ -87,43 +89,67 @@ class TritonEngine:
         if sums is not None:
             self._torch.step(jobs, operator, sums)
             return
-        ours, others = self._shared(jobs, operator, form=False)
-        if others:
-            self._torch.step(others, operator)
-        self._run(ours, operator, form=False)
+        self._torch.step(self._run(jobs, operator, form=False), operator)
 
-    def _shared(self, jobs: Sequence[Job], operator: Operator, *, form: bool) -> tuple[list[Job], list[Job]]:
-        """(ours, the torch engine's)."""
-        reasons = [_refuses_now(job, operator, form=form) for job in jobs]
-        ours = [job for job, reason in zip(jobs, reasons, strict=True) if reason is None]
-        return ours, [job for job, reason in zip(jobs, reasons, strict=True) if reason is not None]
-
-    def _run(self, jobs: Sequence[Job], operator: Operator, *, form: bool) -> None:
-        by_device: dict[torch.device, list[Turn]] = {}
+    def _run(self, jobs: Sequence[Job], operator: Operator, *, form: bool) -> list[Job]:
+        """Run the jobs; returns those that this engine does not run as they stand."""
+        turns: dict[torch.device, list[Turn]] = {}
+        kinds: dict[torch.device, list[Kind]] = {}
+        others = []
         terms: dict[int, Terms] = {}
         for job in jobs:
             settings = job.settings
-            if id(settings) not in terms:
-                terms[id(settings)] = terms_of(settings, operator)
-            turn = Turn(job, known(job), terms[id(settings)], _gradient(job), form)
-            by_device.setdefault(job.param.device, []).append(turn)
-        for device, turns in by_device.items():
-            with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-                self._plan(turns, operator).run(turns)
-
-    def _plan(self, turns: Sequence[Turn], operator: Operator) -> Plan:
-        kinds = []
-        for turn in turns:
-            sign = (operator, *turn.sign())
-            kind = self._kinds.get(sign)
+            term = terms.get(id(settings))
+            if term is None:
+                term = terms[id(settings)] = self._interned(terms_of(settings, operator))
+            if type(job.cache) is not Known and self.refuses(job, operator) is not None:
+                others.append(job)
+                continue
+            it = known(job)
+            turn = _turn(job, it, term, form)
+            kind = self._kind(turn, operator)
             if kind is None:
-                kind = self._kinds[sign] = kind_of(turn, operator)
-            kinds.append(kind)
-        sparse = tuple(id(turn.it.tau) for turn in turns if isinstance(turn.it.tau, SparseTau))
-        key = (operator, self.shape, tuple(id(turn.job) for turn in turns), tuple(map(id, kinds)), sparse)
+                others.append(job)
+            else:
+                turns.setdefault(it.device, []).append(turn)
+                kinds.setdefault(it.device, []).append(kind)
+        for device, members in turns.items():
+            plan = self._plan(members, kinds[device], operator)
+            with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+                plan.run([t.job for t in members], [t.it for t in members], [t.grad for t in members])
+        return others
+
+    def _interned(self, terms: Terms) -> Terms:
+        return self._terms.setdefault(terms, terms)
+
+    def _kind(self, turn: Turn, operator: Operator) -> Kind | None:
+        """The kind of a job, decided anew only where something it depends on has changed."""
+        job, it = turn.job, turn.it
+        decided = (
+            turn.terms,
+            turn.form,
+            None if turn.grad is None else turn.grad.dtype,
+            None if job.anchor is None else job.anchor.dtype,
+            None if job.update is None else job.update.dtype,
+            job.cuts[0] is None,
+            job.count,
+            turn.aligned,
+        )
+        if it.operator is operator and it.seen is job.tau and it.decided == decided:
+            return it.kind  # type: ignore[no-any-return]
+        it.operator, it.seen, it.decided = operator, job.tau, decided
+        it.kind = None
+        if _refuses_now(turn, operator) is None:
+            kind = kind_of(turn, operator)
+            it.kind = self._kinds.setdefault(kind, kind)
+        return it.kind  # type: ignore[no-any-return]
+
+    def _plan(self, turns: Sequence[Turn], kinds: Sequence[Kind], operator: Operator) -> Plan:
+        sparse = tuple(id(turn.job.tau) for turn in turns if isinstance(turn.job.tau, SparseTau))
+        key = (operator, tuple([id(turn.job) for turn in turns]), tuple(map(id, kinds)), sparse)
         plans = turns[0].it.plans
         if key not in plans:
-            if is_capturing(turns[0].job.param.device):
+            if is_capturing(turns[0].it.device):
                 raise ValueError(
                     "take one step outside the CUDA graph before capturing one: it makes the kernels' tables"
                 )
@@ -134,14 +160,16 @@ class TritonEngine:
         return plan
 
 
-def _gradient(job: Job) -> Tensor | None:
-    """The gradient as the kernels can read it."""
+def _turn(job: Job, it: Known, terms: Terms, form: bool) -> Turn:
     grad = job.grad
-    if grad is None:
-        return None
-    if grad.dtype not in DTYPES:
-        grad = grad.to(torch.float32)
-    return grad if grad.is_contiguous() else grad.contiguous()
+    if grad is not None and (grad.dtype not in DTYPES or not grad.is_contiguous()):
+        grad = grad.to(grad.dtype if grad.dtype in DTYPES else torch.float32).contiguous()
+    addresses = 0 if grad is None else grad.data_ptr()
+    if job.anchor is not None:
+        addresses |= job.anchor.data_ptr()
+    if job.update is not None:
+        addresses |= job.update.data_ptr()
+    return Turn(job, it, terms, grad, form, it.aligned and not addresses % 16)
 
 
 # -- what the engine does not do
@@ -229,18 +257,14 @@ _CHECKS: tuple[Callable[[Job, Operator], str | None], ...] = (
 )
 
 
-def _refuses_now(job: Job, operator: Operator, *, form: bool) -> str | None:
+def _refuses_now(turn: Turn, operator: Operator) -> str | None:
     """As :meth:`TritonEngine.refuses`, of what may change from step to step."""
-    if job.settings.merge and not form:
+    job = turn.job
+    checks = [_refuses_anchor]
+    if turn.terms.merge and not turn.form:
         if job.tau is None:
             return "a merge needs τ"
-        if job.settings.rate != 1:
-            reason = _refuses_operator(job, operator)
-            if reason is not None:
-                return reason
         if job.update is not None and job.update.dtype != torch.float32:
-            return "Δ is held in fp32"
-        reason = _refuses_tau(job, operator)
-        if reason is not None:
-            return reason
-    return _refuses_anchor(job, operator)
+            return f"Δ is held in fp32, not in {job.update.dtype}"
+        checks += [_refuses_tau, _refuses_operator] if turn.terms.thins else [_refuses_tau]
+    return next(filter(None, (check(job, operator) for check in checks)), None)

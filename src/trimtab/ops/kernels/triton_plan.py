@@ -8,7 +8,6 @@ which the host does not wait for.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -47,14 +46,13 @@ _PLAIN, _MERGE, _FORM = (mode.value for mode in (kernels.PLAIN, kernels.MERGE, k
 _NOTHING, _ADVANCE, _REPEAT, _BUFFER = (
     source.value for source in (kernels.NOTHING, kernels.ADVANCE, kernels.REPEAT, kernels.BUFFER)
 )
-_GRAD, _ANCHOR, _UPDATE, _TAU, _SCALES, _CUT, _TAU_CUT, _FACTOR, _ANCHOR_DECAY, _ANCHOR_DECAY_64 = map(
+_GRAD, _ANCHOR, _UPDATE, _TAU, _CUT, _TAU_CUT, _FACTOR, _ANCHOR_DECAY, _ANCHOR_DECAY_64 = map(
     column,
     (
         "grad",
         "anchor",
         "update",
         "tau",
-        "scales",
         "cut_bits",
         "tau_bits",
         "update_factor",
@@ -91,8 +89,7 @@ class Kind(NamedTuple):
     searches: bool
 
 
-@dataclass(slots=True)
-class Turn:
+class Turn(NamedTuple):
     """One job in one step.
 
     Args:
@@ -101,6 +98,7 @@ class Turn:
         terms: what its settings ask for.
         grad: its gradient, contiguous and in a dtype the kernels read.
         form: whether Δ is to be formed only.
+        aligned: whether addresses (but τ's), ends and sizes are multiples of 16 (bytes, entries).
     """
 
     job: Job
@@ -108,40 +106,13 @@ class Turn:
     terms: Terms
     grad: Tensor | None
     form: bool
-
-    @property
-    def merges(self) -> bool:
-        """Whether τ comes in."""
-        return self.terms.merge and not self.form
-
-    def sign(self) -> tuple[Any, ...]:
-        """What the kind depends on, cheaply: equal signatures have the same kind."""
-        job, it = self.job, self.it
-        address = 0 if self.grad is None else self.grad.data_ptr()
-        for tensor in (job.anchor, job.update):
-            if tensor is not None:
-                address |= tensor.data_ptr()
-        tau = None
-        if self.merges:
-            address |= tau_words(job, it)[0]
-            tau = it.tau_form
-        return (
-            self.form,
-            self.terms,
-            it.fixed,
-            None if self.grad is None else self.grad.dtype,
-            job.anchor is None,
-            job.update is None,
-            job.cuts[0] is None,
-            job.count < job.layout.total,
-            it.aligned and not address % 16,
-            tau,
-        )
+    aligned: bool
 
 
 def kind_of(turn: Turn, operator: Operator) -> Kind:
     """What code a job needs in this step."""
-    job, it, terms, merge = turn.job, turn.it, turn.terms, turn.merges
+    job, it, terms = turn.job, turn.it, turn.terms
+    merge = terms.merge and not turn.form
     source = _NOTHING if turn.grad is None else _ADVANCE
     if merge and job.update is not None:
         source = _BUFFER
@@ -154,8 +125,9 @@ def kind_of(turn: Turn, operator: Operator) -> Kind:
     if searches and source == _ADVANCE and moment == _FP32:
         source = _REPEAT  # the search has advanced the moments
     tau, tau_kind = _tau_kind(job) if merge else (_DENSE, _FP32)
+    begin = tau_words(job, it)[0] if merge else 0
     return Kind(
-        ALIGNED=turn.sign()[8],
+        ALIGNED=turn.aligned and not begin % 16,
         RUNS=it.runs,
         MODE=_FORM if turn.form else _MERGE if merge else _PLAIN,
         SOURCE=source,
@@ -175,7 +147,7 @@ def kind_of(turn: Turn, operator: Operator) -> Kind:
         FINE=merge and terms.fine,
         SKIP=merge and terms.skips and thin_tau == _BERNOULLI,
         RESCALE=merge and operator.rescale != "none",
-        VOTE=_VOTES[operator.consensus],
+        VOTE=_VOTES[operator.consensus] if merge else 0,
         searches=searches,
     )
 
@@ -194,6 +166,7 @@ class Launch(NamedTuple):
     """
 
     kind: Kind
+    constants: dict[str, Any]
     owners: Tensor
     scans: Tensor
     which: Tensor
@@ -222,29 +195,34 @@ class Plan:
         self.searching = [i for i, kind in enumerate(kinds) if kind.searches]
         self.search: Search | None = None
         self.kinds = list(kinds)
+        self.special = [i for i, kind in enumerate(kinds) if _is_special(kind)]
+        self.merging = [i for i, kind in enumerate(kinds) if kind.MODE == _MERGE]
         self.launches = self._prepared(turns)
 
-    def run(self, turns: Sequence[Turn]) -> None:
-        """Send this step's rows to the device and launch."""
-        rows = self._send(turns)
+    def run(self, jobs: Sequence[Job], its: Sequence[Known], grads: Sequence[Tensor | None]) -> None:
+        """Send this step's rows to the device and launch.
+
+        Args:
+            jobs: the jobs, with this step's fields.
+            its: what is known of them.
+            grads: their gradients, as the kernels can read them.
+        """
+        rows = self._send(jobs, its, grads)
         if self.clocked:
-            kernels.tick[(len(turns),)](rows, num_warps=1)
+            kernels.tick[(len(jobs),)](rows, num_warps=1)
         if self.searching:
-            jobs = [turns[i].job for i in self.searching]
-            counts = [job.count for job in jobs]
-            if self.search is None or self.search.counts != counts:
-                self.search = Search(jobs, self.searching, self.shape, self.device)
+            searching = [jobs[i] for i in self.searching]
+            if self.search is None or self.search.counts != [job.count for job in searching]:
+                self.search = Search(searching, self.searching, self.shape, self.device)
             self.search.run(self.launches, self.pieces, rows)
         for launch in self.launches:
-            constants = launch.kind._asdict()
-            del constants["searches"]
             kernels.sweep[(len(launch.owners),)](
                 launch.owners,
                 self.pieces,
                 rows,
                 BLOCK=self.shape.block,
                 INTERPRET=kernels.INTERPRETED,
-                **constants,
+                **launch.constants,
                 **options(self.shape.warps),
             )
 
@@ -262,7 +240,9 @@ class Plan:
                 scans = owners.copy()
                 scans[:, 3] = [numbers[i] for i in owners[:, 0].tolist()]
             placed = (self._placed(a.astype(np.int32)) for a in (owners, scans, np.array(which)))
-            launches.append(Launch(kind, *placed))
+            constants = kind._asdict()
+            del constants["searches"]
+            launches.append(Launch(kind, constants, *placed))
         return launches
 
     def _owners(self, it: Known, job: int, first_piece: int, kind: Kind) -> Words:
@@ -273,15 +253,19 @@ class Plan:
             rows[:, 3] = entries_before(it, programs, self.shape.block)
         return rows
 
-    def _send(self, turns: Sequence[Turn]) -> Tensor:
+    def _send(self, jobs: Sequence[Job], its: Sequence[Known], grads: Sequence[Tensor | None]) -> Tensor:
         capturing = is_capturing(self.device)
         host = self.spare if capturing else self._staging()
         words = host.numpy()
-        fill_rows(self.template, words, [turn.job for turn in turns], self.operator)
-        for turn, kind, row in zip(turns, self.kinds, words, strict=True):
-            _fill(turn, kind, row)
+        fill_rows(self.template, words, jobs, self.operator)
+        words[:, _GRAD] = [0 if grad is None else grad.data_ptr() for grad in grads]
+        if self.merging:
+            taus = [tau_words(jobs[i], its[i]) for i in self.merging]
+            words[self.merging, _TAU : _TAU + 2] = taus
+        for i in self.special:
+            _fill(jobs[i], its[i], self.kinds[i], words[i])
         if capturing:
-            turns[0].it.kept.append(self)  # at every replay the graph reads this host memory
+            its[0].kept.append(self)  # at every replay the graph reads this host memory
         return host.to(self.device, non_blocking=True)
 
     def _staging(self) -> Tensor:
@@ -292,11 +276,15 @@ class Plan:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
 
 
-def _fill(turn: Turn, kind: Kind, row: Words) -> None:
-    """Write what is a job's own in this step: addresses, the anchor's decay, cuts and factors."""
-    job = turn.job
-    if turn.grad is not None:
-        row[_GRAD] = turn.grad.data_ptr()
+def _is_special(kind: Kind) -> bool:
+    """Whether a job's row has more than addresses of gradient and τ to be written at each step."""
+    buffered = kind.SOURCE == _BUFFER or kind.MODE == _FORM
+    cut = kind.THIN_TAU == _TOP or (kind.THIN == _TOP and not kind.searches)
+    return kind.ANCHOR or kind.REOPEN or kind.RESCALE or buffered or cut
+
+
+def _fill(job: Job, it: Known, kind: Kind, row: Words) -> None:
+    """Write what else is a job's own in this step: anchor, Δ, cuts and factors."""
     if kind.ANCHOR or kind.REOPEN:
         assert job.anchor is not None
         row[_ANCHOR] = job.anchor.data_ptr()
@@ -304,15 +292,13 @@ def _fill(turn: Turn, kind: Kind, row: Words) -> None:
         row.view(np.float64)[_ANCHOR_DECAY_64] = job.anchor_decay
     if job.update is not None:
         row[_UPDATE] = job.update.data_ptr()
-    if kind.MODE == _MERGE:
-        row[_TAU], row[_SCALES] = tau_words(job, turn.it)
-        if kind.THIN == _TOP and job.cuts[0] is not None:
-            row[_CUT : _CUT + 2] = job.cuts[0].bits, job.cuts[0].index
-        if kind.THIN_TAU == _TOP:
-            cut = tau_cut(job, turn.it)
-            row[_TAU_CUT : _TAU_CUT + 2] = cut.bits, cut.index
-        if kind.RESCALE and job.factors is not None:
-            row.view(np.float32)[2 * _FACTOR : 2 * _FACTOR + 4 : 2] = job.factors
+    if kind.THIN == _TOP and job.cuts[0] is not None:
+        row[_CUT : _CUT + 2] = job.cuts[0].bits, job.cuts[0].index
+    if kind.THIN_TAU == _TOP:
+        cut = tau_cut(job, it)
+        row[_TAU_CUT : _TAU_CUT + 2] = cut.bits, cut.index
+    if kind.RESCALE and job.factors is not None:
+        row.view(np.float32)[2 * _FACTOR : 2 * _FACTOR + 4 : 2] = job.factors
 
 
 def is_capturing(device: torch.device) -> bool:

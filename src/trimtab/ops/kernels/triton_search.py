@@ -17,7 +17,6 @@ from trimtab.ops.kernels import triton_select as select
 from trimtab.ops.kernels.job import Job
 from trimtab.ops.kernels.triton_columns import STATE
 
-
 _MOST_BINS = 1 << 15
 
 

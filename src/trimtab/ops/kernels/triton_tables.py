@@ -158,13 +158,16 @@ class Known:
     Args:
         row: the job's row, with the addresses of what it owns.
         pieces: its layout.
-        aligned: whether addresses, ends and sizes are multiples of 16 (entries, bytes).
+        aligned: whether addresses, ends and sizes are multiples of 16 (bytes, entries).
         runs: whether a piece has gaps.
-        fixed: what its code depends on and never changes.
         plans: see :mod:`~trimtab.ops.kernels.triton_plan`; of the first job in a list.
         kept: what captured graphs need.
+        device: where its tensors lie.
+        decided: what its kind was decided for, last.
+        operator: the operator that was.
+        seen: the τ that was.
+        kind: what was decided: its kind; None where the torch engine has to run it.
         tau: the τ whose address is held.
-        tau_form: what the code depends on of it.
         tau_words: address and second address.
         tau_kept: tensors made for it.
         tau_cut: (count, where top cuts it).
@@ -174,11 +177,14 @@ class Known:
     pieces: Words
     aligned: bool
     runs: bool
-    fixed: tuple[Any, ...]
     plans: dict[Any, Any]
     kept: list[Any]
+    device: torch.device
+    decided: tuple[Any, ...] = ()
+    operator: Any = None
+    seen: Any = None
+    kind: Any = None
     tau: Any = None
-    tau_form: tuple[Any, ...] = ()
     tau_words: tuple[int, int] = (0, 0)
     tau_kept: tuple[Tensor, ...] = ()
     tau_cut: tuple[int, Cut] | None = None
@@ -210,9 +216,7 @@ def _learn(job: Job) -> Known:
     large = [row[column(name)] for name in ("param", "residual", "first", "second", "greatest")]
     aligned = not any(int(address) % 16 for address in large) and not bool((pieces[:, :2] % 16).any())
     runs = bool((pieces[:, 3] < pieces[:, 1]).any())
-    moment = None if job.exp_avg is None else job.exp_avg.dtype
-    fixed = (runs, job.param.dtype, job.stored, moment, job.max_exp_avg_sq is not None)
-    return Known(row, pieces, aligned, runs, fixed, {}, [])
+    return Known(row, pieces, aligned, runs, {}, [], job.param.device)
 
 
 def tau_words(job: Job, it: Known) -> tuple[int, int]:
@@ -221,17 +225,14 @@ def tau_words(job: Job, it: Known) -> tuple[int, int]:
         it.tau, it.tau_cut, it.tau_kept = job.tau, None, ()
         if isinstance(job.tau, DenseTau):
             it.tau_words = job.tau.values.data_ptr(), 0
-            it.tau_form = (DenseTau, job.tau.values.dtype, job.tau.masked)
         elif isinstance(job.tau, Int8Tau):
             it.tau_words = job.tau.codes.data_ptr(), job.tau.scales.data_ptr()
-            it.tau_form = (Int8Tau, job.tau.masked)
         else:
             assert isinstance(job.tau, SparseTau)
             index = sparse_index(job.tau)
             bitmap = _bitmap(index, job.tau.numel)
             it.tau_kept = (index, bitmap)
             it.tau_words = job.tau.values.data_ptr(), bitmap.data_ptr()
-            it.tau_form = (SparseTau, job.tau.values.dtype, job.tau.masked)
     return it.tau_words
 
 
