@@ -270,6 +270,7 @@ def splitting_and_rounding_of_special_values() -> None:
 @case
 def deltas_in_their_formats() -> None:
     rows, columns = Layout((40, 30), (13, 0), (11, 30)), Layout((40, 300), (0, 100), (40, 9))
+    inner = Layout((6, 7, 8), (1, 2, 3), (4, 3, 5))
 
     def coded(layout: Layout) -> Callable[[Tensor], Any]:
         whole, cover = torch.randn(layout.shape) * 0.1, block_cover(layout)
@@ -284,6 +285,8 @@ def deltas_in_their_formats() -> None:
         make_job(tau=lambda x: hold_sparse(x * (x.abs() > 0.1)), name="f"),
         make_job(tau=lambda x: hold_sparse(x * (x.abs() > 0.1), torch.bfloat16), name="g"),
         make_job(tau=lambda x: hold_sparse(x * 0), name="h"),
+        make_job(tau=lambda x: hold_sparse(x * (x.abs() > 0.1)), layout=columns, name="j"),
+        make_job(tau=lambda x: hold_sparse(x * (x.abs() > 0.1)), layout=inner, name="k"),
         make_job(
             (300, 300), tau=lambda x: hold_sparse(x * (x.abs() > 0.3)), name="i"
         ),  # past a block of 65,536
@@ -478,6 +481,10 @@ def whole_steps_with_top() -> None:
         make_job(tau=lambda x: hold_sparse(x * (x.abs() > 0.1)), name="f"),
         make_job((4, 5), rate=0.999, name="g"),
     ]
+    for moment in (torch.float32, torch.bfloat16):  # Adam's first step: nothing but ties
+        first = make_job((300,), step=1, moment=moment, name=f"first {moment}")
+        first.exp_avg.zero_(), first.exp_avg_sq.zero_(), first.grad.sign_()
+        jobs.append(first)
     ours, formed = [clone(job) for job in jobs], [clone(job) for job in jobs]
     runner = engine(short=64)
     runner.step(ours, TIES)
