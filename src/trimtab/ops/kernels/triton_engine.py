@@ -146,7 +146,7 @@ class TritonEngine:
 
     def _plan(self, turns: Sequence[Turn], kinds: Sequence[Kind], operator: Operator) -> Plan:
         sparse = tuple(id(turn.job.tau) for turn in turns if isinstance(turn.job.tau, SparseTau))
-        key = (operator, tuple([id(turn.job) for turn in turns]), tuple(map(id, kinds)), sparse)
+        key = (operator, self.shape, tuple([id(turn.job) for turn in turns]), tuple(map(id, kinds)), sparse)
         plans = turns[0].it.plans
         if key not in plans:
             if is_capturing(turns[0].it.device):
