@@ -25,18 +25,23 @@ needs_triton = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(scope="module")
-def results() -> dict[str, str]:
-    """What came of each case, in a process of its own: the interpreter is chosen when triton is imported."""
+def cases(*arguments: str, interpret: bool = True, **environment: str) -> Any:
+    """What `triton_cases` prints, in a process of its own: importing triton chooses the interpreter."""
     done = subprocess.run(
-        [sys.executable, "-m", "tests.unit.ops.kernels.triton_cases"],
-        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        [sys.executable, "-m", "tests.unit.ops.kernels.triton_cases", *arguments],
+        env=os.environ | {"TRITON_INTERPRET": str(int(interpret)), "OMP_NUM_THREADS": "1"} | environment,
         capture_output=True,
         text=True,
         timeout=280,
     )
     assert done.returncode == 0, done.stderr
-    found: dict[str, str] = json.loads(done.stdout.splitlines()[-1])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def results() -> dict[str, str]:
+    """What came of each case."""
+    found: dict[str, str] = cases()
     return found
 
 
@@ -85,6 +90,7 @@ def test_a_layout_falls_into_pieces_within_32_bits() -> None:
         assert sum(min(16, pieces[p, 1] - 16 * b) for p, b in programs.tolist()) == layout.numel
 
 
+@needs_triton
 def test_the_bracket_of_a_search_holds_the_threshold() -> None:
     from trimtab.ops.kernels.triton_search import Shape, bracket_of
 
@@ -212,3 +218,16 @@ def test_the_kernels_of_a_search_compile(name: str, tmp_path: Any, monkeypatch: 
     kernel = compiled(function, arguments, warps=16 if name in ("sample", "exhaust") else 8)
     if name != "tick":  # whose fp64 logarithms come from a library
         check_code(kernel)
+
+
+@needs_triton
+@pytest.mark.slow
+def test_launches_are_what_the_compiler_takes(tmp_path: Any) -> None:
+    """Each launch binds its arguments and compiles; few launches serve all tensors of a kind."""
+    found = cases("launches", interpret=False, TRITON_CACHE_DIR=str(tmp_path))
+    dare, ties, form = found[:2], found[2:-1], found[-1:]
+    assert dare == ["sweep 21 8", "sweep 1 8"]  # fp32: one block of 2,048 and twenty; bf16
+    assert sorted({launch.split()[0] for launch in ties}) == sorted(
+        ["sample", "scan", "narrow", "gather", "choose", "exhaust", "sweep"]
+    )
+    assert form == ["sweep 1 8"]

@@ -32,6 +32,7 @@ from trimtab.ops.sparsify import top_cut
 
 CASES: dict[str, Callable[[], None]] = {}
 DARE, TIES = Operator("bernoulli", "none", "linear"), Operator("top", "none", "sign")
+TOP = Operator("top", "none", "linear")  # nothing is outvoted: each entry that is kept shows
 NAN, INF = float("nan"), float("inf")
 TENSORS = ("param", "residual", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "grad", "anchor", "update")
 
@@ -405,13 +406,13 @@ def check_top(update: Tensor, count: int, *, todo: set[int], tau: Tensor | None 
     job = given(update, torch.randn(update.shape) if tau is None else tau)
     job.count = count
     runner = engine(**shape)
-    runner.step([job], TIES)
+    runner.step([job], TOP)
     plan = next(iter(job.cache.plans.values()))
     assert set(plan.search.states[:, -1].tolist()) == todo, plan.search.states
     expected = given(update, job.tau.dense(0, update.numel()))
     expected.count = count
     expected.cuts = (top_cut(update, count), None)
-    TorchEngine().step([expected], TIES)
+    TorchEngine().step([expected], TOP)
     assert same(job.param, expected.param), (count, shape)
 
 
@@ -505,10 +506,10 @@ def whole_steps_with_top() -> None:
     for job in formed:
         job.update = None
     check_equal(ours, formed)
-    linear, ours, formed = Operator("top", "none", "linear"), list(map(clone, jobs)), list(map(clone, jobs))
-    runner.step(ours[-2:], linear)
+    ours, formed = [clone(job) for job in jobs], [clone(job) for job in jobs]
+    runner.step(ours[-2:], TOP)
     runner.update(formed[-2:])
-    TorchEngine().step(formed[-2:], linear)
+    TorchEngine().step(formed[-2:], TOP)
     check_equal(ours[-2:], [replace(job, update=None) for job in formed[-2:]])
     for job, other in zip(ours[-2:], jobs[-2:], strict=True):
         assert job.param.numel() == 0 or not torch.equal(job.exp_avg, other.exp_avg)
@@ -650,10 +651,58 @@ def patch_once() -> None:
     interpreter._patch_lang = patched
 
 
+def launches() -> list[str]:
+    """What the engine launches for lists of jobs, compiled for compute capability 9.0 but not run.
+
+    Needs no GPU: a driver that knows its target is enough up to the launch itself.
+    """
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+
+    from trimtab.ops.kernels import triton_kernels, triton_select
+    from trimtab.ops.kernels.triton_engine import TritonEngine
+
+    class Driver:
+        get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
+        get_current_device = staticmethod(lambda: 0)
+        get_current_stream = staticmethod(lambda device: 0)
+
+    class Compiled:
+        def __init__(self, kernel: Any) -> None:
+            self.kernel = kernel
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            def launch(*arguments: Any, **options: Any) -> None:
+                made = self.kernel.run(*arguments, grid=grid, warmup=True, **options)
+                found.append(f"{self.kernel.__name__} {grid[0]} {made.metadata.num_warps}")
+
+            return launch
+
+    found: list[str] = []
+    driver.set_active(Driver())
+    for module, names in (
+        (triton_kernels, ("sweep", "tick")),
+        (triton_select, ("sample", "scan", "narrow", "gather", "choose", "exhaust")),
+    ):
+        for name in names:
+            setattr(module, name, Compiled(getattr(module, name)))
+    runner = TritonEngine()
+    runner.refuses = lambda job, operator: None  # it would: these tensors lie on the CPU
+    for operator in (DARE, TIES):
+        jobs = [make_job((64, 32)), make_job((7,), torch.bfloat16, "residual"), make_job((40_000,))]
+        runner.step(jobs, operator)
+    runner.update([make_job()])
+    return found
+
+
 def main() -> None:
-    """Run the cases that are named, or all."""
+    """Run the cases that are named, or all; or say what is launched."""
+    if sys.argv[1:] == ["launches"]:
+        print(json.dumps(launches()))
+        return
     warnings.simplefilter("ignore")  # NumPy on infinities; the interpreter computes with it
     torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fills what torch.empty returns with rubbish
     patch_once()
     results = {}
     for name in sys.argv[1:] or list(CASES):
