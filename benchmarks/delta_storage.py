@@ -1,18 +1,20 @@
 """What each way of holding τ and Adam's moments costs in precision and in memory.
 
-    python benchmarks/delta_storage.py [--layers 30] [--pair NAME REFERENCE BASE]... [--out FILE.json]
+    python benchmarks/delta_storage.py [--layers 10] [--pair NAME REFERENCE BASE]... [--only precision|memory]
 
 Precision: the embedded lab models' τ (three seeds), and that of further pairs of model folders, held by
 ``HeldDelta`` and compared with fp32. Memory: bytes per parameter of real parameters, gradients, optimizer
-states and held deltas, and the most bytes that were alive beside them in two steps (what torch allocates;
-a compiled kernel's own are not seen); beside ``torch.optim.AdamW`` and an optimizer that holds what the
-authors' code holds. Parameters have the shapes of a 135M Llama (30 layers) or of fewer layers of it. Times
-are CPU time of one thread, as medians of ratios to a neighbouring step of ``AdamW(fused=True)``.
+states and held deltas, and the most that two steps took beside them (the larger of what torch allocated and
+how far the process grew, which sees a compiled kernel's buffers too); beside ``torch.optim.AdamW`` and an
+optimizer that holds what the authors' code holds. Parameters have the shapes of a third of a 135M Llama
+(--layers 30 is all of it). Times are CPU time of one thread, as medians of ratios to a neighbouring step of
+``AdamW(fused=True)``.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import platform
 import statistics
@@ -39,6 +41,8 @@ from trimtab.ops.layout import Layout
 ALPHAS = (1e-7, 5e-7)
 RATES = (0.01, 0.5)
 FP32 = torch.float32
+PROCESS = Path("/proc/self")
+MMAP_THRESHOLD = -3  # of mallopt
 
 
 # -- precision
@@ -98,59 +102,55 @@ def ulps(weights: Tensor) -> Tensor:
 
 def precision(delta: ReferenceDelta, weights: dict[str, Tensor]) -> dict[str, Any]:
     """Errors of each storage: of τ, of F(τ̂) where masks are redrawn, of F(τ) trimmed before it is held."""
-    rows: dict[str, Any] = {}
-    for storage in ("float32", "bfloat16", "int8"):
-        held, errors, after = HeldDelta(delta, storage), Errors(), defaultdict(float)
-        for name in delta.names():
-            tau = delta.tensor(name, FP32).reshape(-1)
-            values = held.get(name, Layout.whole(delta.shape(name)), device="cpu", dtype=FP32)
-            dense = values.dense(0, tau.numel())
-            errors.add(tau, dense, weights[name].detach().reshape(-1))
-            for p in RATES:
-                for kind, kept in (("redrawn", thinned(tau, p, name)), ("top", trimmed(tau, p))):
-                    stored = dense if kind == "redrawn" else masked(delta, storage, name, p)
-                    after[kind, p, "error²"] += float((stored - tau)[kept].double().square().sum())
-                    after[kind, p, "τ²"] += float(tau[kept].double().square().sum())
-            held.clear()
-        rows[storage] = errors.result() | {
-            "relative_l2_after_F": {
-                f"{kind} p={p}": (after[kind, p, "error²"] / after[kind, p, "τ²"]) ** 0.5
-                for kind in ("redrawn", "top")
-                for p in RATES
-            }
-        }
-    rows["sparse"] = {"entries_that_differ_from_fp32": sparse_differences(delta)}
-    return rows
-
-
-def thinned(tau: Tensor, p: float, name: str) -> Tensor:
-    return bernoulli_mask(tau.shape, p, MaskKey(0, 1, 1, name))
-
-
-def trimmed(tau: Tensor, p: float) -> Tensor:
-    return top_mask(tau, top_count(tau.numel(), p))
-
-
-def masked(delta: ReferenceDelta, storage: str, name: str, p: float) -> Tensor:
-    """F(τ) of ``top`` as it is held."""
-    tau = HeldDelta(delta, storage).get(
-        name,
-        Layout.whole(delta.shape(name)),
-        device="cpu",
-        dtype=FP32,
-        mask=lambda x: torch.where(trimmed(x, p), x, 0.0),
-        key=p,
-    )
-    return tau.dense(0, tau.numel)
-
-
-def sparse_differences(delta: ReferenceDelta) -> int:
-    count = 0
+    storages = ("float32", "bfloat16", "int8")
+    errors, after = {s: Errors() for s in storages}, {s: defaultdict[Any, float](float) for s in storages}
+    sparse_differs = 0
     for name in delta.names():
+        tau = delta.tensor(name, FP32).reshape(-1)
+        top = {p: top_mask(tau, top_count(tau.numel(), p)) for p in RATES}
+        drawn = {p: bernoulli_mask(tau.shape, p, MaskKey(0, 1, 1, name)) for p in RATES}
+        for storage in storages:
+            dense = as_held(tau, storage)
+            errors[storage].add(tau, dense, weights[name].detach().reshape(-1))
+            for p in RATES:
+                after[storage]["redrawn", p] += squares(dense - tau, drawn[p])
+                after[storage]["of redrawn", p] += squares(tau, drawn[p])
+                after[storage]["top", p] += squares(as_held(tau, storage, top[p]) - tau, top[p])
+                after[storage]["of top", p] += squares(tau, top[p])
         for p in RATES:
-            one, other = (masked(delta, s, name, p) for s in ("sparse", "float32"))
-            count += int((one.view(torch.int32) != other.view(torch.int32)).sum())
-    return count
+            one, other = (as_held(tau, s, top[p]).view(torch.int32) for s in ("sparse", "float32"))
+            sparse_differs += int((one != other).sum())
+    rows = {s: errors[s].result() | {"relative_l2_after_F": relative(after[s])} for s in storages}
+    return rows | {"sparse": {"entries_that_differ_from_fp32": sparse_differs}}
+
+
+def squares(x: Tensor, kept: Tensor) -> float:
+    return float(x[kept].double().square().sum())
+
+
+def relative(sums: dict[Any, float]) -> dict[str, float]:
+    kinds = ("redrawn", "top")
+    return {f"{k} p={p}": (sums[k, p] / sums[f"of {k}", p]) ** 0.5 for k in kinds for p in RATES}
+
+
+@dataclass(frozen=True)
+class OneTensor:
+    """A delta of one parameter."""
+
+    values: Tensor
+
+    def tensor(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        return self.values.to(dtype or self.values.dtype)
+
+    def slice(self, name: str, slices: tuple[slice, ...], dtype: torch.dtype | None = None) -> Tensor:
+        return self.tensor(name, dtype)[slices]
+
+
+def as_held(tau: Tensor, storage: str, kept: Tensor | None = None) -> Tensor:
+    """τ as an optimizer holds it, or F(τ) where a mask is given, in fp32 again."""
+    held = HeldDelta(OneTensor(tau), storage)
+    mask = None if kept is None else lambda x: torch.where(kept, x, 0.0)
+    return held.get("", Layout.whole(tau.shape), device="cpu", dtype=FP32, mask=mask).dense(0, tau.numel())
 
 
 def lab_pairs() -> Iterator[tuple[str, Path, Path]]:
@@ -201,6 +201,33 @@ class Transient(TorchDispatchMode):
     def _gone(self, at: int, size: int) -> None:
         self._seen.discard(at)
         self._alive -= size
+
+
+class Grown:
+    """How far the process's resident memory rose above where it was, within the block; 0 beside Linux."""
+
+    most = 0
+
+    def __enter__(self) -> Grown:
+        if PROCESS.is_dir():
+            (PROCESS / "clear_refs").write_text("5")  # the high-water mark begins anew
+            self._before = kilobytes("VmRSS")
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if PROCESS.is_dir():
+            self.most = max(0, kilobytes("VmHWM") - self._before) * 1024
+
+
+def kilobytes(key: str) -> int:
+    lines = (PROCESS / "status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(key + ":"))
+
+
+def return_freed_memory(above: int) -> None:
+    """Let the C library give back blocks above a size at once, so that what is freed is seen to be freed."""
+    if PROCESS.is_dir():
+        ctypes.CDLL(None).mallopt(MMAP_THRESHOLD, above)
 
 
 class AsTheAuthors(torch.optim.Optimizer):
@@ -300,7 +327,7 @@ def bytes_per_parameter(make: Make, layers: int, dtype: torch.dtype = FP32) -> d
     optimizer = make(named)
     optimizer.step()
     optimizer.step()
-    with Transient(everything(optimizer, named)) as transient:
+    with Grown() as grown, Transient(everything(optimizer, named)) as transient:
         optimizer.step()
         optimizer.step()  # of two steps one merges also where merge_every is 2
     sizes: dict[str, float] = defaultdict(float)
@@ -316,7 +343,7 @@ def bytes_per_parameter(make: Make, layers: int, dtype: torch.dtype = FP32) -> d
     kinds = ("parameter", "gradient", "moments", "residual", "anchor", "delta", "other")
     result = {kind: sizes[kind] / count for kind in kinds}
     result["resident"] = sum(result.values())
-    result["transient"] = transient.most / count
+    result["transient"] = max(transient.most, grown.most) / count
     result["peak"] = result["resident"] + result["transient"]
     return result
 
@@ -437,8 +464,6 @@ def seconds(optimizer: torch.optim.Optimizer) -> float:
 
 
 def print_precision(rows: dict[str, Any]) -> None:
-    header = ("rel. L2", "1 − cosine", "max rel.", "became 0", "top 1 %", "> ½ ulp", "differ")
-    print(f"{'τ of':24} {'held in':9} " + " ".join(f"{title:>10}" for title in header))
     for pair, storages in rows.items():
         for storage, row in storages.items():
             if storage == "sparse":
@@ -452,6 +477,14 @@ def print_precision(rows: dict[str, Any]) -> None:
                 f"{one['share_of_errors_above_half_an_ulp_of_the_weight']:10.3%} "
                 f"{one['share_of_weights_that_differ']:10.3%}"
             )
+
+
+def print_header() -> None:
+    header = ("rel. L2", "1 − cosine", "max rel.", "became 0", "top 1 %", "> ½ ulp", "differ")
+    print(f"{'τ of':24} {'held in':9} " + " ".join(f"{title:>10}" for title in header))
+
+
+def print_legend() -> None:
     print(
         f"> ½ ulp: entries whose error times α = {ALPHAS[-1]} is above half an ulp of their weight; differ:"
     )
@@ -468,12 +501,13 @@ def print_memory(rows: dict[str, Any]) -> None:
 
 def memory_table(layers: int, repeat: int) -> dict[str, Any]:
     rows: dict[str, Any] = {}
+    return_freed_memory(above=1 << 16)
     for name, (make, dtype) in contenders().items():
-        row: dict[str, Any] = bytes_per_parameter(make, layers, dtype)
-        row = {key: round(value, 4) for key, value in row.items()}
-        ratio, row["engine"] = step_ratio(make, layers, dtype, repeat)
-        row["time_to_adamw"] = round(ratio, 2)
-        rows[name] = row
+        rows[name] = {k: round(v, 4) for k, v in bytes_per_parameter(make, layers, dtype).items()}
+    return_freed_memory(above=1 << 25)  # what the C library would come to by itself
+    for name, (make, dtype) in contenders().items():
+        ratio, rows[name]["engine"] = step_ratio(make, layers, dtype, repeat)
+        rows[name]["time_to_adamw"] = round(ratio, 2)
     plain = rows["AdamW, fused"]["peak"]
     for row in rows.values():
         row["peak_to_adamw"] = round(row["peak"] / plain, 4)
@@ -500,31 +534,39 @@ def one_thread() -> Iterator[None]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pair", nargs=3, action="append", default=[], metavar=("NAME", "REFERENCE", "BASE"))
-    parser.add_argument("--layers", type=int, default=30, help="of the memory table; 30 is the 135M model")
+    parser.add_argument("--layers", type=int, default=10, help="of the memory table; 30 is the 135M model")
     parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--only", choices=("precision", "memory"), help="default both")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/delta_storage.json"))
     arguments = parser.parse_args()
     pairs = [*lab_pairs(), *((name, Path(a), Path(b)) for name, a, b in arguments.pair)]
     with one_thread():
-        errors = {}
-        for name, reference, base in pairs:
-            delta = ReferenceDelta.between(reference=reference, base=base, check_tokenizers=False)
-            errors[name] = rounded(precision(delta, reference_weights(reference, delta.names())))
-        print_precision(errors)
-        memory = memory_table(arguments.layers, arguments.repeat)
-        print_memory(memory)
-    result = {
+        if arguments.only in (None, "precision"):
+            print_header()
+            for name, reference, base in pairs:
+                delta = ReferenceDelta.between(reference=reference, base=base, check_tokenizers=False)
+                row = rounded(precision(delta, reference_weights(reference, delta.names())))
+                print_precision({name: row})
+                write(arguments.out, "precision", {name: row})
+            print_legend()
+        if arguments.only in (None, "memory"):
+            memory = memory_table(arguments.layers, arguments.repeat)
+            print_memory(memory)
+            sizes = [torch.Size(shape).numel() for shape in shapes(arguments.layers).values()]
+            write(arguments.out, "memory", memory | {"parameters": sum(sizes)})
+
+
+def write(path: Path, section: str, rows: dict[str, Any]) -> None:
+    """Put rows into a section of the results, beside what other runs have put there."""
+    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    found[section] = found.get(section, {}) | rows
+    found |= {
         "torch": torch.__version__,
         "python": platform.python_version(),
         "cpu": torch.backends.cpu.get_cpu_capability(),
-        "parameters_of_the_memory_table": sum(
-            torch.Size(shape).numel() for shape in shapes(arguments.layers).values()
-        ),
-        "precision": errors,
-        "memory": memory,
     }
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -18,6 +18,8 @@ STEPS = 6
 SAVED_AFTER = 3
 COMMON = {"lr": 1e-3, "weight_decay": 0.1, "merge_weight": 1e-2, "without_delta": "head", "seed": 5}
 MERGED = {"merge_weight": 1e-2, "without_delta": "head", "seed": 5}
+TRANSFORMERS = {"lr": 1e-3, "reserve_rate": 0.3, "merge_weight": 1e-2, "weight_decay": 0.1}
+"""The arguments of the optimizer on a model that transformers has sharded."""
 SPARSE = [("down.weight", 2), ("up.bias", 1), ("up.bias", 4)]
 """(parameter, step from 1) without a gradient."""
 

@@ -10,6 +10,7 @@ torch tells by sharding a model that holds its own indices. Checkpoints go to FO
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator
@@ -32,6 +33,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from transformers import AutoModelForCausalLM
+from transformers.distributed import DistributedConfig
 
 from tests.distributed.shard_cases import (
     CASES,
@@ -39,6 +42,7 @@ from tests.distributed.shard_cases import (
     RESUMED_IN_FULL,
     SAVED_AFTER,
     STEPS,
+    TRANSFORMERS,
     WAYS,
     Net,
     gradient,
@@ -46,7 +50,7 @@ from tests.distributed.shard_cases import (
     reference_model,
     save,
 )
-from trimtab import ReferenceDelta, UserError
+from trimtab import OnTIES, ReferenceDelta, UserError
 from trimtab.optim import settling
 from trimtab.optim.sharding import local_part
 
@@ -187,6 +191,31 @@ def accelerate_order(sharded: Sharded) -> dict[str, Any]:
     return run.result()
 
 
+def transformers_order(folder: Path, rank: int) -> dict[str, Any]:
+    """A model that transformers shards at loading, trained on texts of its own; τ from two model folders."""
+    model = AutoModelForCausalLM.from_pretrained(
+        folder / "reference", distributed_config=DistributedConfig(fsdp_size=2)
+    )
+    delta = ReferenceDelta.between(reference=folder / "reference", base=folder / "base")
+    optimizer = OnTIES(model.named_parameters(), delta, **TRANSFORMERS)
+    tokens = torch.arange(24).view(1, 24) * (3 + rank) % 104
+    gradients: list[dict[str, Tensor]] = []
+    with counted(delta) as read:
+        for _ in range(3):
+            model(input_ids=tokens, labels=tokens).loss.backward()
+            gradients.append({name: whole(p.grad) for name, p in model.named_parameters()})
+            optimizer.step()
+            optimizer.zero_grad()
+    end = {name: whole(p) for name, p in model.named_parameters()}
+    local = {name: _local(p).numel() for name, p in model.named_parameters()}
+    return {"gradients": gradients, "end": end, "read": read, "local": local}
+
+
+def whole(p: Any) -> Tensor:
+    """All of a parameter or gradient."""
+    return p.detach().full_tensor().clone()
+
+
 def refusals(sharded: Sharded, rank: int) -> dict[str, str]:
     """What goes wrong, said in a sentence in every process."""
     run, said = Run("onties", sharded), {}
@@ -233,6 +262,7 @@ def work(folder: Path, rank: int, size: int) -> None:
     else:
         results["runs"]["accelerate's order", "onties"] = accelerate_order(ways["fsdp"])
         results["refused"] = refusals(ways["fsdp"], rank)
+        results["transformers"] = transformers_order(folder, rank)
     torch.save(results, folder / f"{size}.{rank}.pt")
 
 
@@ -273,10 +303,11 @@ def layouts(sharded: Sharded) -> dict[str, Tensor]:
 
 
 def join(folder: Path, rank: int, size: int) -> None:
+    signal.alarm(560)  # whatever happens, no process is left behind
     torch.set_num_threads(1)
     rendezvous = f"file://{folder}/rendezvous.{size}"
     distributed.init_process_group(
-        "gloo", init_method=rendezvous, rank=rank, world_size=size, timeout=timedelta(seconds=60)
+        "gloo", init_method=rendezvous, rank=rank, world_size=size, timeout=timedelta(seconds=200)
     )
     if size == 2:
         settling.BUCKET = 400  # most parameters have a bucket to themselves

@@ -13,20 +13,24 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests import tiny
 from tests.distributed.shard_cases import (
     CASES,
     RESUMED,
     RESUMED_IN_FULL,
     SAVED_AFTER,
     STEPS,
+    TRANSFORMERS,
     WAYS,
     Net,
     reference_model,
     run_alone,
     write_delta,
 )
+from trimtab import OnTIES, ReferenceDelta
 
-pytestmark = pytest.mark.xdist_group("sharding")  # one worker: all look at one session's results
+# One worker: all look at one session's results.
+pytestmark = [pytest.mark.xdist_group("sharding"), pytest.mark.timeout(600)]
 
 RUNS = [(size, way, case) for size, ways in WAYS.items() for way, cases in ways.items() for case in cases]
 SHAPES = {name: p.shape for name, p in Net().named_parameters()}
@@ -37,11 +41,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What 2 and then 4 processes have written."""
     folder = tmp_path_factory.mktemp("shards")
     write_delta(folder)
+    tiny.write_models(folder)
     root = Path(__file__).parents[2]
     paths = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-m", "tests.distributed.shard_worker", str(folder)]
-    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=580)
     assert done.returncode == 0, done.stderr[-6000:]
     return folder
 
@@ -162,6 +167,28 @@ def test_a_sharded_checkpoint_is_continued_by_one_process(
 def test_accelerate_swaps_the_parameters_of_a_built_optimizer(results: Any, alone: Any) -> None:
     parts = [found["runs"]["accelerate's order", "onties"] for found in results[2]]
     assert_equal(assembled(parts), alone("onties"))
+
+
+def test_transformers_shards_at_loading(folder: Path, results: Any) -> None:
+    """Given the gradients of two processes, one process ends where they do."""
+    from transformers import AutoModelForCausalLM
+
+    found = [result["transformers"] for result in results[2]]
+    assert_equal(found[0]["end"], found[1]["end"])
+    model = AutoModelForCausalLM.from_pretrained(folder / "reference")
+    delta = ReferenceDelta.between(reference=folder / "reference", base=folder / "base")
+    optimizer = OnTIES(model.named_parameters(), delta, **TRANSFORMERS)
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for gradients in found[0]["gradients"]:
+        for name, p in model.named_parameters():
+            p.grad = gradients[name]
+        optimizer.step()
+    end = {name: p.detach() for name, p in model.named_parameters()}
+    assert_equal(end, found[0]["end"])
+    assert all(not torch.equal(end[name], start[name]) for name in end)
+    for one in found:
+        assert one["read"]["whole"] == []
+        assert {name: count for name, _, count in one["read"]["parts"]} == one["local"]
 
 
 def test_what_processes_disagree_on_is_said_by_all_of_them(results: Any) -> None:

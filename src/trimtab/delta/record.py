@@ -102,6 +102,19 @@ class DeltaRecord:
     added_rows: Mapping[str, int] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Measured:
+    """What a pass over some of the parameters has found.
+
+    Args:
+        tensors: by canonical name.
+        base: name -> what the base's fingerprint is made of.
+    """
+
+    tensors: dict[str, TensorRecord] = field(default_factory=dict)
+    base: dict[str, str] = field(default_factory=dict)
+
+
 def measure(
     difference: Difference,
     *,
@@ -120,29 +133,64 @@ def measure(
     Raises:
         UserError: a value is NaN or infinite.
     """
-    names = difference.names()
+    names = order or difference.names()
+    return record_of(difference, [measure_some(difference, names, take=take, progress=progress)])
+
+
+def measure_some(
+    difference: Difference,
+    names: Sequence[str],
+    *,
+    take: Callable[[str, Tensor], None] | None = None,
+    progress: Progress | None = None,
+) -> Measured:
+    """Read some of the parameters of both models; arguments as for :func:`measure`."""
     total = sum(math.prod(difference.shape(name)) for name in names)
-    tensors: dict[str, TensorRecord] = {}
-    base: dict[str, str] = {}
-    done = 0
-    for name in order or names:
+    found, done = Measured(), 0
+    for name in names:
         terms = difference.terms(name)
-        tensors[name] = _record(terms.delta, terms.reference)
-        base[name] = _line(name, terms.base, content_hash(terms.base))
+        found.tensors[name] = _record(terms.delta, terms.reference)
+        found.base[name] = _line(name, terms.base, content_hash(terms.base))
         if take is not None:
             take(name, terms.delta)
         done += terms.delta.numel()
         del terms  # or it would live on while the next parameter is read
         if progress is not None:
             progress(name, done, total)
+    return found
+
+
+def record_of(difference: Difference, parts: Iterable[Measured]) -> DeltaRecord:
+    """The record that parts, which together hold every parameter once, make up."""
+    tensors: dict[str, TensorRecord] = {}
+    base: dict[str, str] = {}
+    for part in parts:
+        tensors |= part.tensors
+        base |= part.base
     reference = {name: _reference_line(name, record) for name, record in tensors.items()}
     return DeltaRecord(
         fingerprint=delta_fingerprint(tensors),
         reference=ModelIdentity(difference.reference.label, _digest(reference)),
         base=ModelIdentity(difference.base.label, _digest(base)),
-        tensors={name: tensors[name] for name in names},
+        tensors={name: tensors[name] for name in difference.names()},
         added_rows=dict(difference.added_rows),
     )
+
+
+def shares(sizes: Mapping[str, int], count: int) -> list[list[str]]:
+    """Names dealt out in ``count`` shares of about equal size: the next largest to the smallest share so far.
+
+    Examples:
+        >>> shares({"a": 5, "b": 4, "c": 3, "d": 2}, 2)
+        [['a', 'd'], ['b', 'c']]
+    """
+    dealt: list[list[str]] = [[] for _ in range(count)]
+    filled = [0] * count
+    for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
+        least = filled.index(min(filled))
+        dealt[least].append(name)
+        filled[least] += sizes[name]
+    return dealt
 
 
 def delta_fingerprint(tensors: Mapping[str, TensorRecord]) -> str:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,12 +21,16 @@ from trimtab.delta.problems import first_few
 from trimtab.delta.progress import progress_bar
 from trimtab.delta.record import (
     DeltaRecord,
+    Measured,
     ModelIdentity,
     Progress,
     TensorStatistics,
     check_moved,
     measure,
+    measure_some,
+    record_of,
     reference_hash,
+    shares,
 )
 from trimtab.delta.storage import (
     RECORD,
@@ -245,6 +251,36 @@ class ReferenceDelta:
                 self._remember(measure(self._tensors, progress=progress))
         assert self._record is not None
         return self._record
+
+    def measure_together(self, rank: int, gather: Callable[[Any], list[Any]]) -> DeltaRecord:
+        """As :meth:`measure`, each of several processes going through its share of the parameters.
+
+        Args:
+            rank: this process's place among them, from 0.
+            gather: gives every process what each of them has called it with, in the order of their places.
+
+        Raises:
+            UserError: as :meth:`measure`, in all of them.
+        """
+        known = gather(self._record)
+        if self._record is None:
+            self._record = next((record for record in known if record is not None), None)
+        if all(record is None for record in known):
+            assert isinstance(self._tensors, Difference)
+            sizes = {name: math.prod(self.shape(name)) for name in self.names()}
+            own = shares(sizes, len(known))[rank]
+            found: Measured | str
+            try:
+                with self._bar("measuring the delta") if rank == 0 else nullcontext() as progress:
+                    found = measure_some(self._tensors, own, progress=progress)
+            except UserError as error:
+                found = str(error)
+            parts = gather(found)
+            for part in parts:
+                if isinstance(part, str):
+                    raise UserError(part)
+            self._remember(record_of(self._tensors, parts))
+        return self.measure()
 
     @property
     def fingerprint(self) -> str:

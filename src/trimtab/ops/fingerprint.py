@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -13,7 +13,6 @@ from trimtab.ops.masks import Place, _index_chunks, hash32
 _SALT = (0x243F6A88, 0x85A308D3)  # digits of π: nothing up the sleeve
 _LANE_A = (0x13198A2E, 0x03707344)
 _LANE_B = (0xA4093822, 0x299F31D0)
-_CHUNK = 1 << 18
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -36,11 +35,7 @@ def content_hash(x: Tensor, *, offset: int = 0, place: Place | None = None) -> i
     """
     flat = x.detach().reshape(-1)
     total = torch.zeros((), dtype=torch.int64, device=flat.device)
-    if place is None:
-        chunks = _index_chunks(flat.numel(), offset, flat.device)
-    else:
-        chunks = _placed_chunks(flat.numel(), place, flat.device)
-    for start, index, high in chunks:
+    for start, index, high in _index_chunks(flat.numel(), offset, place, flat.device):
         bits = flat[start : start + index.numel()].view(_BITS[flat.element_size()])
         salt = hash32(index, _SALT[0] + high & 0xFFFFFFFF, _SALT[1])
         for word in _words(bits):
@@ -59,18 +54,6 @@ def combined_digest(parts: Iterable[str]) -> str:
         data = part.encode()
         digest.update(len(data).to_bytes(8, "little") + data)
     return digest.hexdigest()
-
-
-def _placed_chunks(n: int, place: Place, device: torch.device) -> Iterator[tuple[int, Tensor, int]]:
-    """As ``_index_chunks``, for the local entries that ``place`` says; their runs may be short."""
-    layout, first = place
-    for low in range(0, n, _CHUNK):
-        index = layout.indices(first + low, first + min(low + _CHUNK, n), device=device)
-        start, end = low, int(index[-1]) >> 32
-        for high in range(int(index[0]) >> 32, end + 1):
-            part = index if high == end else index[: int(torch.searchsorted(index, high + 1 << 32))]
-            yield start, part.to(torch.int32), high
-            start, index = start + part.numel(), index[part.numel() :]
 
 
 def _words(bits: Tensor) -> list[Tensor]:

@@ -117,6 +117,20 @@ class Layout:
         for span in self.spans():
             lo, hi = max(low, span.first), min(high, span.first + span.count)
             if lo < hi:
-                j = torch.arange(lo - span.first, hi - span.first, dtype=torch.int64, device=device)
-                result[lo - low : hi - low] = span.base + j // span.run * span.stride + j % span.run
+                result[lo - low : hi - low] = _span_indices(span, lo - span.first, hi - span.first, device)
         return result
+
+
+def _span_indices(span: Span, low: int, high: int, device: torch.device | str | None) -> Tensor:
+    """Global indices of the entries ``low … high−1`` of a span."""
+
+    def counted(start: int, end: int) -> Tensor:
+        return torch.arange(start, end, dtype=torch.int64, device=device)
+
+    if high - low < span.run:  # at most two runs
+        j = counted(low, high)
+        return span.base + j // span.run * span.stride + j % span.run
+    # Whole runs as the rows of a table, since an addition costs a tenth of a division.
+    first, last = low // span.run, -(-high // span.run)
+    table = (span.base + span.stride * counted(first, last)).unsqueeze(1) + counted(0, span.run)
+    return table.view(-1)[low - first * span.run : high - first * span.run]

@@ -154,7 +154,7 @@ def uniform_u32(
         int64 tensor of ``shape`` with values in [0, 2^32).
     """
     flat = torch.empty(prod(shape), dtype=torch.int64, device=device)
-    for at, index, count, high in _chunks(flat.numel(), offset, place):
+    for at, index, count, high in _chunks(flat.numel(), offset, place, flat.device):
         k0, k1, k2, k3 = key.words(high)
         coarse = _half(_hashed_range(index, count, k0, k1, flat.device), key.stream)
         fine = _half(_hashed_range(index, count, k2, k3, flat.device), key.stream)
@@ -223,7 +223,7 @@ def bernoulli_bits(
     for p in rates:
         if not 0 < p <= 1:
             raise ValueError(f"probability must be in (0, 1], got {p}")
-    chunks = list(_chunks(n, offset, place))
+    chunks = list(_chunks(n, offset, place, device))
     whole = len(chunks) == 1 or [torch.empty(n, dtype=torch.int32, device=device) for _ in keys]
     for at, index, count, high in chunks:
         drawn: dict[tuple[int, int], Tensor] = {}
@@ -240,7 +240,7 @@ def bernoulli_bits(
     return [torch.empty(0, dtype=torch.int32, device=device) for _ in keys] if whole is True else whole
 
 
-def _kept(words: Tensor, threshold: int, stream: int, fine: tuple[int, int, int]) -> Tensor:
+def _kept(words: Tensor, threshold: int, stream: int, fine: tuple[int | Tensor, int, int]) -> Tensor:
     """−1 where U < threshold, given the coarse words; ``fine`` says how to draw those of the rest."""
     cell, rest = threshold >> 16, threshold & 0xFFFF
     kept = bits.less(_half(words, stream), cell + (rest > 0))
@@ -248,7 +248,8 @@ def _kept(words: Tensor, threshold: int, stream: int, fine: tuple[int, int, int]
         # Exactly the boundary cell has changed sides between the bounds cell and cell + 1.
         boundary = bits.places(_half(words, stream), cell)
         index, k2, k3 = fine
-        drawn = hash32((boundary + index).to(torch.int32), k2, k3)
+        at = index[boundary] if isinstance(index, Tensor) else (boundary + index).to(torch.int32)
+        drawn = hash32(at, k2, k3)
         kept[boundary] = bits.less(_half(drawn, stream), rest)
     return kept
 
@@ -257,11 +258,20 @@ def _half(word: Tensor, stream: int) -> Tensor:
     return word.bitwise_and(0xFFFF) if stream % 2 else (word >> 16).bitwise_and_(0xFFFF)
 
 
-def _chunks(n: int, offset: int, place: Place | None) -> Iterator[tuple[int, int, int, int]]:
-    """Yield (position, low 32 bits of the first index, count, high bits) over runs of indices."""
+def _chunks(
+    n: int, offset: int, place: Place | None, device: torch.device | str | None
+) -> Iterator[tuple[int, int | Tensor, int, int]]:
+    """Yield (position, indices, count, high bits of the indices) over all entries.
+
+    Indices are given by their low 32 bits: those of the first, where they are neighbours, else of each, as
+    int32.
+    """
     runs = [(0, offset, n)]
     if place is not None:
         layout, low = place
+        if _scattered(layout):
+            yield from _scattered_chunks(n, layout, low, device)
+            return
         runs = [(at - low, index, count) for at, index, count in layout.runs(low, low + n)]
     for at, index, left in runs:
         while left:
@@ -271,9 +281,32 @@ def _chunks(n: int, offset: int, place: Place | None) -> Iterator[tuple[int, int
             at, index, left = at + count, index + count, left - count
 
 
-def _hashed_range(low: int, count: int, key0: int, key1: int, device: torch.device | str | None) -> Tensor:
-    """h(i; key0, key1) of the neighbouring indices ``low … low + count − 1`` (mod 2^32)."""
-    return _scrambled(_counter(count, device) + _signed((low + key0) & _LOW), key1)
+def _scattered(layout: Layout) -> bool:
+    """Whether the runs are so short that listing indices is cheaper than going from run to run."""
+    spans = layout.spans()
+    return len(spans) > 1 or (len(spans) == 1 and spans[0].run < min(_CHUNK, spans[0].count))
+
+
+def _scattered_chunks(
+    n: int, layout: Layout, first: int, device: torch.device | str | None
+) -> Iterator[tuple[int, Tensor, int, int]]:
+    for low in range(0, n, _CHUNK):
+        index = layout.indices(first + low, first + min(low + _CHUNK, n), device=device)
+        at, end = low, int(index[-1]) >> 32
+        for high in range(int(index[0]) >> 32, end + 1):
+            part = index if high == end else index[: int(torch.searchsorted(index, high + 1 << 32))]
+            if part.numel():
+                yield at, part.to(torch.int32), part.numel(), high
+            at, index = at + part.numel(), index[part.numel() :]
+
+
+def _hashed_range(
+    index: int | Tensor, count: int, key0: int, key1: int, device: torch.device | str | None
+) -> Tensor:
+    """h(i; key0, key1) of ``count`` indices (mod 2^32): those listed, or neighbours from the first on."""
+    if isinstance(index, Tensor):
+        return hash32(index, key0, key1)
+    return _scrambled(_counter(count, device) + _signed((index + key0) & _LOW), key1)
 
 
 def _counter(count: int, device: torch.device | str | None) -> Tensor:
@@ -287,10 +320,13 @@ def _full_counter(device: torch.device | str | None) -> Tensor:
     return torch.arange(_CHUNK, dtype=torch.int32, device=device)
 
 
-def _index_chunks(n: int, offset: int, device: torch.device) -> Iterator[tuple[int, Tensor, int]]:
-    """Yield (position, low 32 bits of the indices as int32, high bits) over ``offset … offset + n − 1``."""
-    for at, low, count, high in _chunks(n, offset, None):
-        yield at, _counter(count, device) + _signed(low), high
+def _index_chunks(
+    n: int, offset: int, place: Place | None, device: torch.device
+) -> Iterator[tuple[int, Tensor, int]]:
+    """Yield (position, low 32 bits of the indices as int32, high bits) over all entries."""
+    for at, index, count, high in _chunks(n, offset, place, device):
+        listed = index if isinstance(index, Tensor) else _counter(count, device) + _signed(index)
+        yield at, listed, high
 
 
 def _signed(word: int) -> int:

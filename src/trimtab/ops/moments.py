@@ -250,7 +250,7 @@ def _slice(moment: Tensor, low: int, high: int) -> Tensor:
 def _stochastic_bf16(values: Tensor, key: MaskKey, place: Place) -> Tensor:
     """What ``ops.stochastic_round`` gives with ``uniform_u32``, of which bf16 needs the coarse half alone."""
     bits = torch.empty(values.numel(), dtype=torch.int32, device=values.device)
-    for at, index, count, high in _chunks(values.numel(), 0, place):
+    for at, index, count, high in _chunks(values.numel(), 0, place, values.device):
         one, two, _, _ = key.words(high)
         bits[at : at + count] = _half(_hashed_range(index, count, one, two, values.device), key.stream)
     rounded = bits.add_(values.view(torch.int32)).bitwise_and_(-1 << 16).view(torch.float32)

@@ -25,6 +25,25 @@ BUCKET = 1 << 26
 """Entries, of this process, whose Δ exist at the same time while cuts and factors are settled."""
 
 
+def measure_together(delta: ReferenceDelta, parameters: Iterable[tuple[str, Tensor]]) -> None:
+    """Let processes that share parameters go through the delta's models together, a share of them each.
+
+    What the optimizer must know of a delta (its fingerprint, the reference's hashes) takes a pass over both
+    models, unless it was saved. Where nothing is sharded nothing is done: each process measures for itself.
+
+    Args:
+        delta: the reference delta, the same in every process.
+        parameters: (name, parameter) pairs of the optimizer.
+
+    Raises:
+        UserError: as :meth:`trimtab.ReferenceDelta.measure`, in all processes.
+    """
+    groups = [group for group in (shard_group(p) for _, p in parameters) if group is not None]
+    if groups:
+        group = max(groups, key=lambda group: group.size)  # the first of the largest
+        delta.measure_together(*group.gathering())
+
+
 def check_policy(delta: ReferenceDelta, parameters: Iterable[tuple[str, Tensor]]) -> None:
     """Refuse a policy that is not the delta's reference, without gathering it.
 

@@ -8,7 +8,7 @@ depend on all of the unsharded tensor, so the processes that share one add up hi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
@@ -50,6 +50,18 @@ class ShardGroup:
         if there is not values:
             values.copy_(there)
         return values
+
+    def gathering(self) -> tuple[int, Callable[[Any], list[Any]]]:
+        """The process's place along the group's longest dimension, and what gathers a value along it."""
+        dim = max(self.dims, key=self.mesh.size)
+        size, along = self.mesh.size(dim), self.mesh.get_group(dim)
+
+        def gather(value: Any) -> list[Any]:
+            given: list[Any] = [None] * size
+            distributed.all_gather_object(given, value, group=along)
+            return given
+
+        return self.mesh.get_local_rank(dim), gather
 
 
 def local_of(tensor: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from trimtab.optim.diagnostics import Diagnostics
 from trimtab.optim.jobs import Kernel, Runner, Slot
 from trimtab.optim.measuring import DiagnosticsMeter
 from trimtab.optim.merging import SINCE, Merging, named
-from trimtab.optim.settling import check_gradients
+from trimtab.optim.settling import check_gradients, measure_together
 from trimtab.optim.sharding import ShardGroup, aligned_grad, local_part, refuse_flattened
 
 SCHEDULED = ("merge_weight", "reserve_rate")
@@ -115,6 +115,7 @@ class MergingShell(Optimizer):
             parameters = named(self.param_groups)
             _refuse_unsupported(parameters)
             self.merging.check_names(parameters)
+            measure_together(self.merging.delta, parameters)
             self._write_identities()
             self._names_checked = True
         for group in self.param_groups:

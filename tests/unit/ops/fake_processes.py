@@ -1,4 +1,4 @@
-"""Processes of one test: threads that sum tensors with each other."""
+"""Processes of one test: threads that sum tensors with each other, or show each other values."""
 
 from __future__ import annotations
 
@@ -10,43 +10,50 @@ from torch import Tensor
 
 
 class Ring:
-    """A :data:`~trimtab.ops.exact_sum.Reduce` for each of several threads, and a count of the calls."""
+    """What the threads communicate through, and a count of the sums."""
 
     def __init__(self, size: int) -> None:
-        self._barrier = threading.Barrier(size, timeout=20)
-        self._given: list[Tensor | None] = [None] * size
+        self._barrier = threading.Barrier(size, timeout=60)
+        self._given: list[Any] = [None] * size
         self.calls = 0
-        self.entries = 0
+
+    def gather(self, rank: int, value: Any) -> list[Any]:
+        """What every thread has given."""
+        self._given[rank] = value
+        self._barrier.wait()
+        given = list(self._given)
+        self._barrier.wait()
+        return given
 
     def reduce(self, rank: int) -> Callable[[Tensor], None]:
+        """A :data:`~trimtab.ops.exact_sum.Reduce` for one of the threads."""
+
         def summed(counts: Tensor) -> None:
-            self._given[rank] = counts.clone()
-            self._barrier.wait()
+            self.calls += rank == 0
+            given = self.gather(rank, counts.clone())
             counts.zero_()
-            for given in self._given:
-                assert given is not None
-                counts.add_(given)
-            if rank == 0:
-                self.calls += 1
-                self.entries += counts.numel()
-            self._barrier.wait()
+            for one in given:
+                counts.add_(one)
 
         return summed
 
+    def abort(self) -> None:
+        """Let no thread wait for one that has failed."""
+        self._barrier.abort()
 
-def run(work: Sequence[Callable[[Callable[[Tensor], None]], Any]]) -> tuple[list[Any], Ring]:
-    """Call each function with its own reduce, at the same time. Returns their results and the ring."""
-    ring, results = Ring(len(work)), [None] * len(work)
-    errors: list[BaseException] = []
+
+def processes(size: int, work: Callable[[int, Ring], Any]) -> tuple[list[Any], Ring]:
+    """Call ``work`` with every rank at the same time. Returns the results; the first real error is raised."""
+    ring, results, errors = Ring(size), [None] * size, list[BaseException]()
 
     def one(rank: int) -> None:
         try:
-            results[rank] = work[rank](ring.reduce(rank))
+            results[rank] = work(rank, ring)
         except BaseException as error:
             errors.append(error)
-            ring._barrier.abort()
+            ring.abort()
 
-    threads = [threading.Thread(target=one, args=(rank,)) for rank in range(len(work))]
+    threads = [threading.Thread(target=one, args=(rank,)) for rank in range(size)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -54,3 +61,8 @@ def run(work: Sequence[Callable[[Callable[[Tensor], None]], Any]]) -> tuple[list
     if errors:
         raise next((e for e in errors if not isinstance(e, threading.BrokenBarrierError)), errors[0])
     return results, ring
+
+
+def run(work: Sequence[Callable[[Callable[[Tensor], None]], Any]]) -> tuple[list[Any], Ring]:
+    """Call each function with its own reduce, at the same time. Returns their results and the ring."""
+    return processes(len(work), lambda rank, ring: work[rank](ring.reduce(rank)))
