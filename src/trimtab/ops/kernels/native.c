@@ -33,7 +33,7 @@ int64_t trimtab_begin(Plan *plan) {
         if (is_shared(job, plan) || !is_surveyed(job, plan)) find_tau_cut(job, plan);
         if (is_shared(job, plan)) {
             Survey *survey = malloc(sizeof *survey);
-            if (!survey || !begin_survey(job, flags_of(job, plan, 0), survey)) plan->failed = 1;
+            if (!survey || !begin_survey(job, flags_of(job, plan), 0, survey)) plan->failed = 1;
             job->survey = survey;
             items += chunks_of(job);
         } else {
@@ -53,7 +53,7 @@ int64_t trimtab_continue(Plan *plan) {
     for (int64_t i = 0; i < plan->job_count; i++) {
         Job *job = plan->jobs[i];
         if (job->survey) {
-            if (!plan->failed) finish_survey(job, flags_of(job, plan, 0), job->survey);
+            if (!plan->failed) finish_survey(job, after_survey(flags_of(job, plan), job->survey), job->survey);
             items += chunks_of(job);
         }
         plan->ends[i] = items;
@@ -75,58 +75,80 @@ void trimtab_end(Plan *plan) {
     }
 }
 
+/* What one thread keeps from item to item. */
+typedef struct {
+    Found lists; /* of one chunk */
+    float *delta;
+    int64_t room; /* for so many entries */
+} Scratch;
+
+/* A buffer for Δ; null for a tensor too large for one, or where there is no memory. */
+static float *delta_for(const Job *job, Scratch *own) {
+    if (job->entries > BUFFERED) return 0;
+    if (job->entries > own->room) {
+        free(own->delta);
+        own->room = (job->entries + 4095) / 4096 * 4096;
+        own->delta = aligned_alloc(64, (size_t)own->room * sizeof(float));
+        if (!own->delta) own->room = 0;
+    }
+    return own->delta;
+}
+
 /* A tensor that top has to see whole, by one thread. */
-static void survey_and_step(Job *job, const Plan *plan, Found own) {
-    int flags = flags_of(job, plan, 0);
+static void survey_and_step(Job *job, const Plan *plan, Scratch *own) {
+    int flags = flags_of(job, plan), again = flags;
+    float *given = job->update;
     Survey survey;
     find_tau_cut(job, plan);
-    if (begin_survey(job, flags, &survey)) {
+    if (begin_survey(job, flags, delta_for(job, own), &survey)) {
         for (int64_t low = 0; low < job->entries; low += CHUNK)
-            survey_chunk(job, low, low + CHUNK < job->entries ? low + CHUNK : job->entries, flags, &survey, own);
-        finish_survey(job, flags, &survey);
+            survey_chunk(job, low, low + CHUNK < job->entries ? low + CHUNK : job->entries, flags, &survey, own->lists);
+        again = after_survey(flags, &survey);
+        if (survey.delta) job->update = survey.delta;
+        finish_survey(job, again, &survey);
     } else {
-        survey.from_moments = 0;
         cut_from_nothing(job, flags, 0, &job->update_cut, &job->update_cut_index);
     }
     end_survey(&survey);
-    flags = flags_of(job, plan, survey.from_moments);
-    for (int64_t low = 0; low < job->entries; low += CHUNK)
-        step_range(job, low, low + CHUNK < job->entries ? low + CHUNK : job->entries, flags);
+    for (int64_t i = chunks_of(job); i-- > 0;) /* the last chunk is the one in cache */
+        step_range(job, i * CHUNK, (i + 1) * CHUNK < job->entries ? (i + 1) * CHUNK : job->entries, again);
+    job->update = given;
     job->update_cut = NO_CUT; /* it holds for this step alone */
 }
 
-static void work_on(Job *job, Plan *plan, int64_t item, Found own) {
+static void work_on(Job *job, Plan *plan, int64_t item, Scratch *own) {
     int64_t low = item * CHUNK, end = low + CHUNK < job->entries ? low + CHUNK : job->entries;
     Survey *survey = job->survey;
     if (survey && plan->round == 0)
-        survey_chunk(job, low, end, flags_of(job, plan, 0), survey, own);
+        survey_chunk(job, low, end, flags_of(job, plan), survey, own->lists);
     else if (survey)
-        step_range(job, low, end, flags_of(job, plan, survey->from_moments));
+        step_range(job, low, end, after_survey(flags_of(job, plan), survey));
     else if (is_surveyed(job, plan))
         survey_and_step(job, plan, own);
     else if (plan->only_update)
-        update_range(job, low, end, flags_of(job, plan, 0));
+        update_range(job, low, end, flags_of(job, plan));
     else
-        step_range(job, low, end, flags_of(job, plan, 0));
+        step_range(job, low, end, flags_of(job, plan));
 }
 
 /* Take items until none is left. Any number of threads may be in here at once. */
 void trimtab_work(Plan *plan) {
-    Found own = {0};
+    Scratch own = {0};
     int64_t i = 0;
     if (plan->sparsify == TOP && !plan->only_update) {
-        own.bits = malloc((CHUNK + SURVEY_SLACK) * sizeof(uint32_t));
-        own.where = malloc((CHUNK + SURVEY_SLACK) * sizeof(uint32_t));
-        if (!own.bits || !own.where) __atomic_store_n(&plan->failed, 1, __ATOMIC_RELAXED);
+        own.lists.bits = malloc((CHUNK + SURVEY_SLACK) * sizeof(uint32_t));
+        own.lists.where = malloc((CHUNK + SURVEY_SLACK) * sizeof(uint32_t));
+        if (!own.lists.bits || !own.lists.where) __atomic_store_n(&plan->failed, 1, __ATOMIC_RELAXED);
     }
     while (!__atomic_load_n(&plan->failed, __ATOMIC_RELAXED)) {
         int64_t item = __atomic_fetch_add(&plan->next, 1, __ATOMIC_RELAXED);
         if (item >= plan->items) break;
         while (plan->ends[i] <= item) i++;
-        work_on(plan->jobs[i], plan, item - (i ? plan->ends[i - 1] : 0), own);
+        work_on(plan->jobs[i], plan, item - (i ? plan->ends[i - 1] : 0), &own);
     }
-    free(own.bits);
-    free(own.where);
+    free(own.lists.bits);
+    free(own.lists.where);
+    free(own.delta);
 }
 
 /* What this build is: sizes for native.py to check, and what it can. */

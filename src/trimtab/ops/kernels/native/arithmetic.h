@@ -55,34 +55,45 @@ INLINE vm drawn(vu half, uint32_t threshold, vu index, Keys keys, const int odd)
 
 /* -- magnitudes (ops/sparsify.py) */
 
-/* The bits without the sign; every NaN is the largest number. */
-INLINE vu magnitude(vf x) {
-    vu bits = vu_and(vf_bits(x), vu_set(0x7FFFFFFFu));
-    return vu_choose(vu_lt(vu_set(0x7F800000u), bits), vu_set(0x7FFFFFFFu), bits);
-}
+#define NAN_MAGNITUDE 0x7F800001u /* of every NaN: above infinity's */
 
-/* A cut as a range of indices knows it: all above `bits`; of those equal to `tied`, up to `last` places from `from`. */
+/* The bits without the sign; every NaN is the largest number. */
+INLINE vu magnitude(vf x) { return vu_min(vu_and(vf_bits(x), vu_set(0x7FFFFFFFu)), vu_set(NAN_MAGNITUDE)); }
+
+/* A cut as a piece of a tensor knows it: all magnitudes above `bits`, and where `ties` is set those of `bits + 1` whose
+ * indices lie at most `last` places from `from`. */
 typedef struct {
-    uint32_t bits, tied, from, last;
+    uint32_t bits, from, last;
+    int ties;
 } Cut;
 
 INLINE vm above_cut(vf x, vu index, Cut cut) {
     vu bits = magnitude(x);
-    vm ties = vm_and(vu_eq(bits, vu_set(cut.tied)), vu_le(vu_sub(index, vu_set(cut.from)), vu_set(cut.last)));
-    return vm_or(vu_lt(vu_set(cut.bits), bits), ties);
+    vm kept = vu_lt(vu_set(cut.bits), bits);
+    if (!cut.ties) return kept;
+    vm late = vu_lt(vu_set(cut.last), vu_sub(index, vu_set(cut.from)));
+    return vm_and(kept, vm_not(vm_and(late, vu_eq(bits, vu_set(cut.bits + 1)))));
 }
 
 /* -- Adam */
 
 typedef struct {
-    float lerp, far, beta2, gain, correction, inverse, eps, size; /* far: whether 1 − β₁ ≥ 1/2 */
+    float lerp, beta2, gain, correction, inverse, eps, size;
+    uint32_t usual; /* roots are divided by multiplication where v's bits are so far above TINY's at most; 0: nowhere */
 } Adam;
+
+#define TINY 0x0D800000u /* 2⁻¹⁰⁰ */
+
+/* Whether 1 − β₁ ≥ 1/2: ATen then reckons lerp from the other end. */
+static inline int lerps_far(const Settings *s) { return !((float)s->one_minus_beta1 < 0.5f); }
 
 static inline Adam adam_of(const Settings *s) {
     float lerp = (float)s->one_minus_beta1, correction = (float)s->correction;
-    int far = !(lerp < 0.5f); /* as ATen decides, and what it then does */
-    return (Adam){far ? lerp - 1.0f : lerp,  (float)far,         (float)s->beta2, (float)s->one_minus_beta2,
-                  correction,                1.0f / correction,  (float)s->eps,   (float)s->size};
+    uint32_t bits;
+    memcpy(&bits, &correction, 4);
+    int exact = (bits & 0x7FFFFFu) != 0x7FFFFFu && correction > 0x1p-20f; /* else Markstein's theorem does not hold */
+    return (Adam){lerps_far(s) ? lerp - 1.0f : lerp, (float)s->beta2, (float)s->one_minus_beta2, correction,
+                  1.0f / correction, (float)s->eps, (float)s->size, exact ? 0x7F800000u - TINY : 0};
 }
 
 /* torch.sqrt: MKL's AVX-512 kernel takes one Newton step and is not rounded correctly; others are. */
@@ -111,7 +122,7 @@ INLINE vf root_anywhere(vf v, Adam a) {
 
 /* sqrt(v)/correction. Division by a known number, rounded correctly by Markstein's theorem, which wants no extremes. */
 INLINE vf corrected_root(vf v, Adam a) {
-    vm usual = vu_lt(vu_sub(vf_bits(v), vu_set(0x0D800000u)), vu_set(0x7F800000u - 0x0D800000u));
+    vm usual = vu_lt(vu_sub(vf_bits(v), vu_set(TINY)), vu_set(a.usual));
     if (__builtin_expect(!vm_all(usual), 0)) return root_anywhere(v, a);
     vf x = torch_sqrt(v), divisor = vf_set(a.correction), inverse = vf_set(a.inverse);
     vf q = vf_mul(x, inverse);
@@ -120,8 +131,8 @@ INLINE vf corrected_root(vf v, Adam a) {
 }
 
 /* exp_avg.lerp_(grad, 1 − β₁) */
-INLINE vf first_moment(vf m, vf g, Adam a) {
-    return vf_fma(vf_set(a.lerp), vf_sub(g, m), a.far != 0.0f ? g : m);
+INLINE vf first_moment(vf m, vf g, Adam a, const int far) {
+    return vf_fma(vf_set(a.lerp), vf_sub(g, m), far ? g : m);
 }
 
 /* exp_avg_sq.mul_(β₂).addcmul_(grad, grad, value=1 − β₂), which ATen contracts */
@@ -136,20 +147,28 @@ INLINE vf adam_update(vf m, vf v, Adam a) {
 
 /* -- consensus (ops/consensus.py) */
 
-/* The terms that agree with a vote for + (its lanes in `up`) or −; all where it is undecided. */
-INLINE vf agreeing(vf term, vm up, vm down, vm undecided) {
+/* Of two terms that disagree the one with the sum's sign, which is the larger one or the smaller one; else their sum. */
+INLINE vf elected(vf a, vf b) {
+    vf sum = vf_add(a, b), zero = vf_set(0.0f);
+    vm disagree = vu_is_negative(vu_xor(vf_bits(a), vf_bits(b)));
+    vf result = vf_max_at(vm_and(disagree, vf_lt(zero, sum)), a, b, sum);
+    result = vf_min_at(vm_and(disagree, vf_lt(sum, zero)), a, b, result);
+    return vf_add(result, zero); /* what is outvoted is +0 */
+}
+
+/* The terms that agree with the sign of the sum before weighting, of which 0 counts as +; all where that is NaN. */
+INLINE vf elected_unweighted(vf a, vf b, vf sum) {
     vf zero = vf_set(0.0f);
-    vm agrees = vm_or(vm_and(up, vf_lt(zero, term)), vm_and(down, vf_lt(term, zero)));
-    return vf_keep(vm_or(agrees, undecided), term);
+    vm down = vf_lt(sum, zero), up = vm_not(down), undecided = vf_isnan(sum);
+    vm keeps_a = vm_or(vm_and(up, vf_lt(zero, a)), vm_and(down, vf_lt(a, zero)));
+    vm keeps_b = vm_or(vm_and(up, vf_lt(zero, b)), vm_and(down, vf_lt(b, zero)));
+    return vf_add(vf_keep(vm_or(keeps_a, undecided), a), vf_keep(vm_or(keeps_b, undecided), b));
 }
 
 INLINE vf bracket(vf x, vf y, float weight_x, float weight_y, const int consensus) {
-    vf a = vf_mul(x, vf_set(weight_x)), b = vf_mul(y, vf_set(weight_y)), zero = vf_set(0.0f);
+    vf a = vf_mul(x, vf_set(weight_x)), b = vf_mul(y, vf_set(weight_y));
     if (consensus == LINEAR) return vf_add(a, b);
-    vf vote = consensus == SIGN ? vf_add(a, b) : vf_add(x, y);
-    vm undecided = vf_isnan(vote), down = vf_lt(vote, zero);
-    vm up = consensus == SIGN ? vf_lt(zero, vote) : vm_not(down);
-    return vf_add(agreeing(a, up, down, undecided), agreeing(b, up, down, undecided));
+    return consensus == SIGN ? elected(a, b) : elected_unweighted(a, b, vf_add(x, y));
 }
 
 #endif

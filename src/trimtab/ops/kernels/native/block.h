@@ -24,7 +24,8 @@ enum {
     DECAYS_AFTER = 4096,
     REOPENS = 8192,
     MAXIMIZES = 16384,
-    SCATTERED = 32768, /* indices are listed */
+    LERPS_FAR = 32768,
+    SCATTERED = 65536, /* indices are listed */
 };
 
 #define AHEAD 512 /* entries: distance of prefetching */
@@ -60,7 +61,7 @@ INLINE vf adam_lanes(const Block *b, const int flags, const int keeps, int i, in
     if (flags & FROM_GRAD) {
         vf g = vf_load(b->grad + i, k);
         if (flags & MAXIMIZES) g = vf_neg(g);
-        m = first_moment(m, g, b->adam);
+        m = first_moment(m, g, b->adam, flags & LERPS_FAR);
         v = second_moment(v, g, b->adam);
         if (keeps) {
             vf_store(b->first + i, m, k);
@@ -70,20 +71,16 @@ INLINE vf adam_lanes(const Block *b, const int flags, const int keeps, int i, in
     return adam_update(m, v, b->adam);
 }
 
-INLINE vu index_lanes(const Block *b, const int flags, int i, int k) {
-    if (flags & SCATTERED) return vu_load(b->index + i, k);
-    return vu_add(vu_lanes(), vu_set(b->base + (uint32_t)i));
-}
-
-INLINE void step_lanes(const Block *b, const int flags, int i, int k) {
+/* `index`: the entries' global indices, unless they are listed. */
+INLINE void step_lanes(const Block *b, const int flags, vu index, int i, int k) {
     vf theta = vf_mul(vf_load(b->param + i, k), vf_set(b->before)), u = vf_set(0.0f), result;
     if (flags & (FROM_GRAD | FROM_MOMENTS)) u = adam_lanes(b, flags, 1, i, k);
     if (flags & MERGES) {
         vf base = flags & ANCHORED ? vf_mul(vf_load(b->anchor + i, k), vf_set(b->anchor_decay)) : theta;
         vf x = flags & FROM_UPDATE ? vf_load(b->update + i, k) : full_update(flags, vf_sub(theta, base), u);
         vf y = vf_load(b->tau + i, k);
-        vu index = vu_set(0), word = index;
-        if (flags & (DRAW_UPDATE | DRAW_TAU | CUT_UPDATE | CUT_TAU)) index = index_lanes(b, flags, i, k);
+        vu word = index;
+        if (flags & SCATTERED) index = vu_load(b->index + i, k);
         if (flags & (DRAW_UPDATE | DRAW_TAU)) word = hash(index, b->keys.k0, b->keys.k1);
         if (flags & DRAW_UPDATE)
             x = vf_keep(drawn(vu_and(word, vu_set(0xFFFF0000u)), b->threshold, index, b->keys, 0), x);
@@ -120,16 +117,19 @@ INLINE void prefetch_lanes(const Block *b, const int flags, int i) {
     if (flags & FROM_GRAD) prefetch(b->grad + i, 0);
     if (flags & MERGES) prefetch(b->tau + i, 0);
     if (flags & ANCHORED) prefetch(b->anchor + i, flags & REOPENS);
+    if (flags & FROM_UPDATE) prefetch(b->update + i, 0);
 }
 
 INLINE void step_loop(const Block *shared, const int flags) {
     const Block own = *shared, *b = &own; /* a copy that no store can reach: its fields stay in registers */
+    vu index = vu_add(vu_lanes(), vu_set(b->base));
     int i = 0;
     for (; i + W <= b->n; i += W) {
         if (b->direct) prefetch_lanes(b, flags, i);
-        step_lanes(b, flags, i, W);
+        step_lanes(b, flags, index, i, W);
+        index = vu_add(index, vu_set(W));
     }
-    if (i < b->n) step_lanes(b, flags, i, b->n - i);
+    if (i < b->n) step_lanes(b, flags, index, i, b->n - i);
 }
 
 static __attribute__((noinline)) void step_any(const Block *b, int flags) { step_loop(b, flags); }
@@ -145,7 +145,8 @@ static __attribute__((noinline)) void step_block(const Block *b, int flags) {
         FREQUENT(FROM_GRAD | MERGES | DRAW_UPDATE)                                /* OnDARE, τ masked once */
         FREQUENT(FROM_GRAD | MERGES | DRAW_UPDATE | DRAW_TAU)                     /* OnDARE */
         FREQUENT(FROM_GRAD | MERGES | CUT_UPDATE | VOTES)                         /* OnTIES, bf16 moments */
-        FREQUENT(FROM_MOMENTS | MERGES | CUT_UPDATE | VOTES)                      /* OnTIES */
+        FREQUENT(FROM_UPDATE | MERGES | CUT_UPDATE | VOTES)                       /* OnTIES, from Δ in a buffer */
+        FREQUENT(FROM_MOMENTS | MERGES | CUT_UPDATE | VOTES)                      /* OnTIES, of large tensors */
         FREQUENT(ANCHORED | MERGES | DRAW_UPDATE)                                 /* wrappers */
         FREQUENT(ANCHORED | MERGES | DRAW_UPDATE | DRAW_TAU)
         FREQUENT(ANCHORED | MERGES | CUT_UPDATE | VOTES)
@@ -168,36 +169,36 @@ typedef struct {
     int shift;
 } Found;
 
-/* Δ of a block: formed, stored where asked for, and counted. Writes at most n + SURVEY_SLACK places. */
-INLINE void survey_lanes(const Block *b, const int flags, const int keeps, Found *found, uint32_t low, int i, int k) {
-    vf u = vf_set(0.0f), moved = u, x;
-    if (flags & FROM_UPDATE) {
-        x = vf_load(b->update + i, k);
-    } else {
-        if (flags & (FROM_GRAD | FROM_MOMENTS)) u = adam_lanes(b, flags, keeps, i, k);
-        if (flags & ANCHORED) {
-            vf theta = vf_mul(vf_load(b->param + i, k), vf_set(b->before));
-            moved = vf_sub(theta, vf_mul(vf_load(b->anchor + i, k), vf_set(b->anchor_decay)));
-        }
-        x = full_update(flags, moved, u);
-        if (keeps && b->update) vf_store(b->update + i, x, k);
+/* Δ of a block: formed, and stored where asked for. */
+INLINE vf delta_lanes(const Block *b, const int flags, const int keeps, int i, int k) {
+    vf u = vf_set(0.0f), moved = u;
+    if (flags & FROM_UPDATE) return vf_load(b->update + i, k);
+    if (flags & (FROM_GRAD | FROM_MOMENTS)) u = adam_lanes(b, flags, keeps, i, k);
+    if (flags & ANCHORED) {
+        vf theta = vf_mul(vf_load(b->param + i, k), vf_set(b->before));
+        moved = vf_sub(theta, vf_mul(vf_load(b->anchor + i, k), vf_set(b->anchor_decay)));
     }
-    if (!found) return;
+    vf x = full_update(flags, moved, u);
+    if (b->update) vf_store(b->update + i, x, k);
+    return x;
+}
+
+/* Count Δ's magnitudes. Writes at most n + SURVEY_SLACK places of each list. */
+INLINE void survey_lanes(vf x, vu where, Found *found, vu *above, int k) {
     vu bits = magnitude(x);
-    vm above = vu_lt(vu_set(found->high), bits);
-    vm inside = vu_le(vu_sub(bits, vu_set(found->low)), vu_set(found->high - found->low));
+    vm over = vu_lt(vu_set(found->high), bits), inside = vm_and(vm_not(over), vu_le(vu_set(found->low), bits));
     if (k < W) {
-        above = vm_and(above, first_lanes(k));
+        over = vm_and(over, first_lanes(k));
         inside = vm_and(inside, first_lanes(k));
     }
-    found->above += vm_count(above);
+    *above = vu_count_at(over, *above);
     if (found->counts) {
         uint32_t list[W];
         vu_pack(list, inside, vu_right_by(vu_sub(bits, vu_set(found->low)), found->shift));
         for (int j = vm_count(inside); j-- > 0;) found->counts[list[j]]++;
     } else if (PACKS_FAST || vm_any(inside)) { /* a branch that cannot be foreseen costs more than two packings */
         vu_pack(found->bits + found->found, inside, bits);
-        vu_pack(found->where + found->found, inside, vu_add(vu_lanes(), vu_set(low + (uint32_t)i)));
+        vu_pack(found->where + found->found, inside, where);
         found->found += vm_count(inside);
     }
 }
@@ -205,6 +206,8 @@ INLINE void survey_lanes(const Block *b, const int flags, const int keeps, Found
 INLINE void survey_loop(const Block *shared, const int flags, const int keeps, Found *counts, uint32_t low) {
     const Block own = *shared, *b = &own;
     Found found = *counts;
+    vu where = vu_add(vu_lanes(), vu_set(low)), above = vu_set(0);
+    uint32_t lanes[W];
     int i = 0;
     for (; i + W <= b->n; i += W) {
         if (b->direct) {
@@ -212,9 +215,12 @@ INLINE void survey_loop(const Block *shared, const int flags, const int keeps, F
             prefetch(b->second + i, keeps);
             prefetch(b->grad + i, 0);
         }
-        survey_lanes(b, flags, keeps, &found, low, i, W);
+        survey_lanes(delta_lanes(b, flags, keeps, i, W), where, &found, &above, W);
+        where = vu_add(where, vu_set(W));
     }
-    if (i < b->n) survey_lanes(b, flags, keeps, &found, low, i, b->n - i);
+    if (i < b->n) survey_lanes(delta_lanes(b, flags, keeps, i, b->n - i), where, &found, &above, b->n - i);
+    vu_store(lanes, above);
+    for (i = 0; i < W; i++) found.above += lanes[i];
     *counts = found;
 }
 
@@ -224,7 +230,7 @@ static __attribute__((noinline)) void survey_any(const Block *b, int flags, int 
 
 /* Form Δ of a block and count it; `low` is the local index of its first entry. */
 static __attribute__((noinline)) void survey_block(const Block *b, int flags, int keeps, Found *found, uint32_t low) {
-    if (flags == FROM_GRAD && keeps && !b->update)
+    if (flags == FROM_GRAD && keeps)
         survey_loop(b, FROM_GRAD, 1, found, low);
     else if (flags == FROM_GRAD && !keeps)
         survey_loop(b, FROM_GRAD, 0, found, low);
@@ -235,8 +241,8 @@ static __attribute__((noinline)) void survey_block(const Block *b, int flags, in
 /* Δ of a block into `update`, the moments advanced. */
 static __attribute__((noinline)) void update_block(const Block *b, int flags) {
     int i = 0;
-    for (; i + W <= b->n; i += W) survey_lanes(b, flags, 1, 0, 0, i, W);
-    if (i < b->n) survey_lanes(b, flags, 1, 0, 0, i, b->n - i);
+    for (; i + W <= b->n; i += W) delta_lanes(b, flags, 1, i, W);
+    if (i < b->n) delta_lanes(b, flags, 1, i, b->n - i);
 }
 
 #endif

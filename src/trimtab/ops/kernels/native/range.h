@@ -79,13 +79,14 @@ static int walk_on(Walk *w, int limit, uint32_t *index) {
 
 /* -- from a job to the flags and constants of its blocks */
 
-static int flags_of(const Job *job, const Plan *plan, int from_moments) {
+static int flags_of(const Job *job, const Plan *plan) {
     const Settings *s = job->settings;
     int flags = 0;
-    if (job->grad) flags |= from_moments ? FROM_MOMENTS : FROM_GRAD;
+    if (job->grad) flags |= FROM_GRAD;
     if (job->anchor) flags |= ANCHORED;
     if (job->update && s->merge && !plan->only_update) flags = (flags & ANCHORED) | FROM_UPDATE;
     if (s->maximize) flags |= MAXIMIZES;
+    if (job->grad && lerps_far(s)) flags |= LERPS_FAR;
     if (!s->merge && !plan->only_update) flags &= ~ANCHORED;
     if (s->decay_after != 1.0) flags |= DECAYS_AFTER;
     if (s->reopen && job->anchor) flags |= REOPENS;
@@ -105,16 +106,15 @@ static int flags_of(const Job *job, const Plan *plan, int from_moments) {
     return flags;
 }
 
-/* A cut as the entries of one piece know it: the ties it keeps are those up to `last` places from `from`. */
-static Cut cut_for(int64_t bits, int64_t index, const Walk *w, int listed) {
-    int64_t from = listed ? w->high << 32 : w->global;
-    int64_t kept = index - from; /* ties in the places from … from + kept − 1 */
-    Cut cut = {(uint32_t)bits, (uint32_t)bits, (uint32_t)from, 0xFFFFFFFFu};
-    if (kept <= 0)
-        cut.tied = 0xFFFFFFFFu; /* no magnitude */
-    else if (kept <= 0xFFFFFFFFLL)
-        cut.last = (uint32_t)(kept - 1);
-    return cut;
+/* A cut as the entries of one piece know it. */
+static Cut cut_for(int64_t bits, int64_t index, const Walk *w) {
+    const int64_t from = w->job->scattered ? w->high << 32 : w->global, size = w->job->scattered ? 1LL << 32 : w->n;
+    const uint32_t tied = bits < NAN_MAGNITUDE ? (uint32_t)bits : NAN_MAGNITUDE; /* others write NaN in other ways */
+    if (index <= from) /* none of the ties */
+        return (Cut){.bits = tied};
+    if (tied == 0) /* of zeros any will do: none */
+        return (Cut){.bits = 0};
+    return (Cut){tied - 1, (uint32_t)from, (uint32_t)(index - 1 - from), index < from + size};
 }
 
 static Block block_of(const Job *job) {
@@ -260,8 +260,8 @@ static void step_range(const Job *job, int64_t low, int64_t end, int flags) {
     while (walk_on(&w, whole ? CHUNK : BLOCK, own.index)) {
         load_block(&b, job, &w, flags, &own);
         if (merges) load_tau(&b, job, &w, &own, &sparse);
-        if (flags & CUT_UPDATE) b.cuts[0] = cut_for(job->update_cut, job->update_cut_index, &w, job->scattered);
-        if (flags & CUT_TAU) b.cuts[1] = cut_for(job->tau_cut, job->tau_cut_index, &w, job->scattered);
+        if (flags & CUT_UPDATE) b.cuts[0] = cut_for(job->update_cut, job->update_cut_index, &w);
+        if (flags & CUT_TAU) b.cuts[1] = cut_for(job->tau_cut, job->tau_cut_index, &w);
         step_block(&b, flags);
         if (merges) unload_tau(&w, &own, &sparse);
         if (flags & FROM_GRAD && job->moment_kind != FP32) store_moments(job, &w, &own);
@@ -280,16 +280,17 @@ static void update_range(const Job *job, int64_t low, int64_t end, int flags) {
     }
 }
 
-/* Δ of a range, counted; the moments are advanced where `keeps` (then they are fp32). */
-static void survey_range(const Job *job, int64_t low, int64_t end, int flags, int keeps, Found *found) {
+/* Δ of a range, counted, and put into `delta` (where there is one); the moments are advanced where `keeps`. */
+static void survey_range(const Job *job, int64_t low, int64_t end, int flags, int keeps, float *delta, Found *found) {
     Buffers own;
     Block b = block_of(job);
     b.direct = is_direct(job) && flags & FROM_GRAD;
     Walk w = walk_from(job, low, end);
     while (walk_on(&w, b.direct && !job->scattered ? CHUNK : BLOCK, own.index)) {
         load_block(&b, job, &w, flags, &own);
-        if (!(flags & FROM_UPDATE)) b.update = 0;
+        if (!(flags & FROM_UPDATE)) b.update = delta ? delta + w.at : 0;
         survey_block(&b, flags, keeps, found, (uint32_t)w.at);
+        if (keeps && job->moment_kind != FP32) store_moments(job, &w, &own);
     }
 }
 

@@ -15,6 +15,7 @@
 #define SMALL 2048     /* entries below which there is no sample */
 #define MARGIN 4.0     /* standard deviations of the sample's rank on either side */
 #define LARGEST 0x7FFFFFFFu
+#define BUFFERED (1LL << 22) /* entries up to which Δ is kept from the pass that finds the cut for the one that uses it */
 
 /* -- the need-th largest of numbers that can be counted again and again */
 
@@ -68,7 +69,8 @@ typedef struct {
     Search search;    /* counters, where the bracket holds too much to be listed */
     int64_t wanted;   /* k */
     int64_t room;     /* places in bracket.bits and .where */
-    int from_moments; /* the pass has advanced the moments */
+    int advances;     /* the pass advances the moments */
+    float *delta;     /* where it leaves Δ, or null */
 } Survey;
 
 static int sample_size(int64_t n) {
@@ -88,7 +90,7 @@ static void take_sample(const Job *job, int flags, uint32_t *sample, int size) {
         int64_t low = (from + (int64_t)(spread % (uint64_t)(to - from))) * W;
         all.bits = sample + i * W;
         all.found = 0;
-        survey_range(job, low, low + W, flags, 0, &all);
+        survey_range(job, low, low + W, flags, 0, 0, &all);
     }
 }
 
@@ -125,11 +127,12 @@ static double find_bracket(const Job *job, int flags, Survey *survey) {
 
 /* -- the pass */
 
-/* Begin a survey of Δ; 0 where there is no memory. */
-static int begin_survey(const Job *job, int flags, Survey *survey) {
+/* Begin a survey of Δ, which is left in `delta` if there is room for it; 0 where there is no memory. */
+static int begin_survey(const Job *job, int flags, float *delta, Survey *survey) {
     memset(survey, 0, sizeof *survey);
     survey->wanted = job->count;
-    survey->from_moments = (flags & FROM_GRAD) && job->moment_kind == FP32;
+    survey->delta = flags & FROM_GRAD ? delta : 0;
+    survey->advances = flags & FROM_GRAD && (survey->delta || job->moment_kind == FP32);
     Found *all = &survey->bracket;
     if (find_bracket(job, flags, survey) > 0.125) {
         survey->search = (Search){.low = all->low, .high = all->high};
@@ -142,6 +145,12 @@ static int begin_survey(const Job *job, int flags, Survey *survey) {
     all->bits = malloc((size_t)(survey->room + SURVEY_SLACK) * sizeof(uint32_t));
     all->where = malloc((size_t)(survey->room + SURVEY_SLACK) * sizeof(uint32_t));
     return all->bits && all->where;
+}
+
+/* The flags of a pass after the survey. */
+static int after_survey(int flags, const Survey *survey) {
+    if (!survey->advances) return flags;
+    return (flags & ~FROM_GRAD) | (survey->delta ? FROM_UPDATE : FROM_MOMENTS);
 }
 
 static void end_survey(Survey *survey) {
@@ -158,7 +167,7 @@ static void survey_chunk(const Job *job, int64_t low, int64_t end, int flags, Su
     own.above = own.found = 0;
     own.shift = all->shift;
     own.counts = all->counts ? memset(counts, 0, sizeof counts) : 0;
-    survey_range(job, low, end, flags, survey->from_moments, &own);
+    survey_range(job, low, end, flags, survey->advances, survey->delta, &own);
     __atomic_fetch_add(&all->above, own.above, __ATOMIC_RELAXED);
     if (all->counts) {
         for (int i = 0; i < BINS; i++)
@@ -231,10 +240,9 @@ static void cut_from_nothing(const Job *job, int flags, int of_tau, int64_t *cut
     cut_by_radix(job, flags, of_tau, &s, cut, index);
 }
 
-/* The cut of Δ from a survey that has seen all of it. */
-static void finish_survey(Job *job, int flags, Survey *survey) {
+/* The cut of Δ from a survey that has seen all of it; `again` are the flags of a pass after it. */
+static void finish_survey(Job *job, int again, Survey *survey) {
     Found *all = &survey->bracket;
-    int again = survey->from_moments ? (flags & ~FROM_GRAD) | FROM_MOMENTS : flags;
     int64_t need = survey->wanted - all->above, n = all->found;
     if (all->counts)
         for (int i = 0; i < BINS; i++) n += all->counts[i];

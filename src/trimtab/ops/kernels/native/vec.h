@@ -62,9 +62,14 @@ INLINE vu vu_xor(vu a, vu b) { return _mm512_xor_si512(a, b); }
 INLINE vu vu_xor3(vu a, vu b, vu c) { return _mm512_ternarylogic_epi32(a, b, c, 0x96); }
 INLINE vu vu_right(vu x, const int n) { return _mm512_srli_epi32(x, (unsigned)n); }
 INLINE vu vu_right_by(vu x, int n) { return _mm512_srl_epi32(x, _mm_cvtsi32_si128(n)); }
+INLINE vu vu_count_at(vm m, vu counts) { return _mm512_mask_sub_epi32(counts, m, counts, _mm512_set1_epi32(-1)); }
 INLINE vu vu_left(vu x, const int n) { return _mm512_slli_epi32(x, (unsigned)n); }
-INLINE vu vu_choose(vm m, vu yes, vu no) { return _mm512_mask_mov_epi32(no, m, yes); }
+INLINE vu vu_min(vu a, vu b) { return _mm512_min_epu32(a, b); }
 
+INLINE vf vf_max_at(vm m, vf a, vf b, vf no) { return _mm512_mask_max_ps(no, m, a, b); }
+INLINE vf vf_min_at(vm m, vf a, vf b, vf no) { return _mm512_mask_min_ps(no, m, a, b); }
+
+INLINE vm vu_is_negative(vu a) { return _mm512_movepi32_mask(a); }
 INLINE vm vu_lt(vu a, vu b) { return _mm512_cmplt_epu32_mask(a, b); }
 INLINE vm vu_le(vu a, vu b) { return _mm512_cmple_epu32_mask(a, b); }
 INLINE vm vu_eq(vu a, vu b) { return _mm512_cmpeq_epi32_mask(a, b); }
@@ -74,8 +79,8 @@ INLINE vm vf_isnan(vf a) { return _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q); }
 INLINE vm vm_and(vm a, vm b) { return (vm)(a & b); }
 INLINE vm vm_or(vm a, vm b) { return (vm)(a | b); }
 INLINE vm vm_not(vm a) { return (vm)~a; }
-INLINE int vm_all(vm a) { return a == 0xFFFF; }
-INLINE int vm_any(vm a) { return a != 0; }
+INLINE int vm_all(vm a) { return _kortestc_mask16_u8(a, a); }
+INLINE int vm_any(vm a) { return !_kortestz_mask16_u8(a, a); }
 INLINE int vm_count(vm a) { return __builtin_popcount(a); }
 
 /* Writes the lanes that m has, side by side; up to 16 places at p are overwritten. */
@@ -160,8 +165,16 @@ INLINE vu vu_xor(vu a, vu b) { return a ^ b; }
 INLINE vu vu_xor3(vu a, vu b, vu c) { return a ^ b ^ c; }
 INLINE vu vu_right(vu x, const int n) { return x >> n; }
 INLINE vu vu_right_by(vu x, int n) { return x >> n; }
+INLINE vu vu_count_at(vm m, vu counts) { return counts - (vu)m; }
 INLINE vu vu_left(vu x, const int n) { return x << n; }
-INLINE vu vu_choose(vm m, vu yes, vu no) { return (vu)(((vm)yes & m) | ((vm)no & ~m)); }
+INLINE vu vu_min(vu a, vu b) {
+    vm m = (vm)(a < b);
+    return (vu)(((vm)a & m) | ((vm)b & ~m));
+}
+INLINE vf vf_max_at(vm m, vf a, vf b, vf no) { return vf_choose(m, vf_choose((vm)(a > b), a, b), no); }
+INLINE vf vf_min_at(vm m, vf a, vf b, vf no) { return vf_choose(m, vf_choose((vm)(a < b), a, b), no); }
+
+INLINE vm vu_is_negative(vu a) { return (vm)a < 0; }
 
 INLINE vm vu_lt(vu a, vu b) { return (vm)(a < b); }
 INLINE vm vu_le(vu a, vu b) { return (vm)(a <= b); }
