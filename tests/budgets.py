@@ -13,16 +13,17 @@ from collections.abc import Iterator
 import pytest
 
 BUDGETS = {
-    "tests/unit": 240,
+    "tests/unit": 480,
     "tests/oracle": 15,
-    "tests/property": 120,
-    "tests/equivalence": 150,
-    "tests/distributed": 90,
-    "tests/cli": 150,
-    "tests/examples": 60,
+    "tests/property": 240,
+    "tests/equivalence": 300,
+    "tests/distributed": 240,
+    "tests/cli": 320,
+    "tests/examples": 150,
     "src": 40,
 }
-"""CPU seconds per suite: twice or more what it takes, so that what fails is growth, not noise."""
+"""CPU seconds per suite: twice or more what it takes on a machine that others slow down (CPU seconds there were two
+to three times those in quiet), so that what fails is growth, not noise."""
 
 _KEY = "cpu_seconds"
 

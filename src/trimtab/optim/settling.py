@@ -144,7 +144,7 @@ def _step_bucket(
         if sums is not None and engine.measures:
             part = sums[at]
         elif sums is not None:
-            sums[at] = torch.stack([sampled(job, operator) for job in own])
+            sums[at] = sampled(own, operator)
         engine.step(own, operator, part)
         if sums is not None and part is not None:
             sums[at] = part

@@ -75,33 +75,50 @@ def measure(
         (11.0, 1.0)
     """
     tensors = (base, update, kept_update, kept_tau, *parts)
-    if base.device.type != "cpu" or base.numel() <= _IN_CACHE:
-        return _measure(tensors, stored)
-    pieces = zip(*(torch.split(x, _IN_CACHE) for x in tensors), strict=True)
-    return torch.stack([_measure(piece, stored) for piece in pieces]).sum(dim=0)
+    size = _IN_CACHE if base.device.type == "cpu" else max(base.numel(), 1)
+    pieces = zip(*(torch.split(x, size) for x in tensors), strict=True)
+    sums = [torch.stack([x.sum(dtype=torch.float64) for x in _entries(piece, stored)]) for piece in pieces]
+    return torch.stack(sums).sum(dim=0)
 
 
-def _measure(tensors: Sequence[Tensor], stored: torch.dtype) -> Tensor:
+def measure_each(tensors: Sequence[Tensor], stored: torch.dtype, counts: Sequence[int]) -> Tensor:
+    """As :func:`measure`, of several parameters whose entries lie side by side in the tensors.
+
+    Args:
+        tensors: base, update, kept_update, kept_tau and the two parts.
+        stored: the dtype that sums are rounded to.
+        counts: entries of each parameter.
+
+    Returns:
+        float64 tensor (parameters, SUMS).
+
+    Examples:
+        >>> one = torch.ones(5)
+        >>> measure_each([one] * 6, torch.float32, [2, 3])[:, 0].tolist()
+        [2.0, 3.0]
+    """
+    entries = torch.stack([x.to(torch.float64) for x in _entries(tensors, stored)])
+    return torch.stack([part.sum(dim=1) for part in torch.split(entries, list(counts), dim=1)])
+
+
+def _entries(tensors: Sequence[Tensor], stored: torch.dtype) -> list[Tensor]:
+    """What each entry adds to each of the sums, in the order of :data:`SUMS`."""
     base, update, kept_update, kept_tau, a, b = tensors
     kept, tau = kept_update.to(torch.float64), kept_tau.to(torch.float64)
     product = kept * tau
-    total = product.sum()
-    signs = product.sign_()
-    both = torch.dot(signs, signs)
+    signs = product.sign()
     after = (base + (a + b)).to(stored)
-    return torch.stack(
-        [
-            _square(update.to(torch.float64)),
-            _square(kept),
-            _square(tau),
-            _square(b.to(torch.float64)),
-            total,
-            both,
-            (both - signs.sum()) / 2,
-            *_arrival(after, (base + b).to(stored), a),
-            *_arrival(after, (base + a).to(stored), b),
-        ]
-    )
+    return [
+        _square(update),
+        _square(kept),
+        _square(tau),
+        _square(b),
+        product,
+        signs.abs(),
+        signs.neg().clamp_(min=0),
+        *_arrival(after, (base + b).to(stored), a),
+        *_arrival(after, (base + a).to(stored), b),
+    ]
 
 
 def squared_norm(values: Tensor) -> float:
@@ -111,8 +128,8 @@ def squared_norm(values: Tensor) -> float:
         >>> squared_norm(torch.tensor([[3.0, 4.0]]))
         25.0
     """
-    chunks = [_square(chunk.to(torch.float64)) for chunk in torch.split(values.reshape(-1), _CHUNK)]
-    return float(torch.stack(chunks).sum()) if chunks else 0.0
+    chunks = (chunk.to(torch.float64) for chunk in torch.split(values.reshape(-1), _CHUNK))
+    return float(torch.stack([torch.dot(chunk, chunk) for chunk in chunks]).sum())
 
 
 def _arrival(after: Tensor, without: Tensor, part: Tensor) -> tuple[Tensor, Tensor]:
@@ -120,9 +137,8 @@ def _arrival(after: Tensor, without: Tensor, part: Tensor) -> tuple[Tensor, Tens
     wide = torch.promote_types(after.dtype, part.dtype)  # the difference of two neighbours is exact in it
     moved = after.to(wide).sub_(without) if after.dtype != wide else after - without
     wanted = part.abs()
-    arrived = torch.minimum(moved.mul_(part.sign()).clamp_(min=0), wanted)
-    return wanted.sum(dtype=torch.float64), arrived.sum(dtype=torch.float64)
+    return wanted, torch.minimum(moved.mul_(part.sign()).clamp_(min=0), wanted)
 
 
 def _square(x: Tensor) -> Tensor:
-    return torch.dot(x, x)
+    return x.to(torch.float64).square()

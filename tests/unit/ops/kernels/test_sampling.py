@@ -16,10 +16,12 @@ from trimtab.ops.kernels.sampling import ranges, sampled, step_and_sample
 from trimtab.ops.kernels.sums import SUMS
 from trimtab.ops.kernels.torch_engine import TorchEngine
 from trimtab.ops.layout import Layout
+from trimtab.ops.sparsify import top_cut
 
 OPERATORS = [
     Operator("bernoulli"),
     Operator("bernoulli", "l1"),
+    Operator("top", "l1"),
     Operator("top", consensus="sign"),
     Operator("none"),
 ]
@@ -58,80 +60,112 @@ class Silent(TorchEngine):
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
-@pytest.mark.parametrize(("n", "masked"), [(5_000, False), (5_000, True), (70_001, False), (70_001, True)])
+@pytest.mark.parametrize(("n", "masked"), [(2_000, False), (2_000, True), (70_001, False), (70_001, True)])
 def test_stepping_is_the_same_and_small_tensors_are_measured_whole(
     operator: Operator, n: int, masked: bool
 ) -> None:
     ours, theirs = job_of(n, masked=masked), job_of(n, masked=masked)
     plain = job_of(40, merge=False)
     expected = measured(theirs, operator)
-    (row, nothing) = step_and_sample(Silent(), [ours, plain], operator).tolist()
+    (nothing, row) = step_and_sample(Silent(), [plain, ours], operator).tolist()
     for name in ("param", "exp_avg", "exp_avg_sq"):
         assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
-    assert ours.update is None
     assert set(nothing) == {0.0}
     assert not torch.equal(plain.param, job_of(40).param)
     found = dict(zip(SUMS, row, strict=True))
-    if n == 5_000:
+    if n == 2_000 and operator.sparsify != "bernoulli":
         assert found == pytest.approx(expected, rel=1e-12)
+    if n == 2_000:
+        assert found["update"] == pytest.approx(expected["update"], rel=1e-12)
     if masked:
         assert found["kept_tau"] == pytest.approx(expected["kept_tau"], rel=1e-12)
+
+
+def unchanged(jobs: list[Job], operator: Operator) -> torch.Tensor:
+    """The sample's sums; the jobs are as they were."""
+    names = ("param", "residual", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "anchor", "update")
+    tensors = [x for job in jobs for x in (getattr(job, name) for name in names) if x is not None]
+    before = [x.clone() for x in tensors]
+    sums = sampled(jobs, operator)
+    assert all(torch.equal(a, b) for a, b in zip(before, tensors, strict=True))
+    return sums
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
 @pytest.mark.parametrize("formed", [False, True])
 @pytest.mark.parametrize("masked", [False, True])
-def test_a_sample_comes_close(
-    operator: Operator, masked: bool, formed: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """16 ranges, 8,192 of 300,000 entries: the noise of few, and of where the ranges fall."""
-    monkeypatch.setitem(sampling._SIZES, "cpu", (512, 300_000 // 16, 1 << 12))
-    job = job_of(300_000, masked=masked)
-    expected = measured(job_of(300_000, masked=masked), operator)
-    before = [job.param.clone(), job.exp_avg.clone(), job.exp_avg_sq.clone()]
+def test_a_sample_comes_close(operator: Operator, masked: bool, formed: bool) -> None:
+    """9,216 of 600,000 entries: the noise of a 64th, and of where the ranges fall."""
+    job = job_of(600_000, masked=masked)
+    expected = measured(job_of(600_000, masked=masked), operator)
     if formed:
         TorchEngine().update([job])
-        before[1:] = job.exp_avg.clone(), job.exp_avg_sq.clone()
-    found = dict(zip(SUMS, sampled(job, operator).tolist(), strict=True))
-    after = [job.param, job.exp_avg, job.exp_avg_sq]
-    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    found = dict(zip(SUMS, unchanged([job], operator)[0].tolist(), strict=True))
     for name in SUMS:
         if name == "product":  # a sum of both signs: its size is what matters
             scale = (expected["kept_update"] * expected["kept_tau"]) ** 0.5
             assert abs(found[name] - expected[name]) < 0.1 * scale
         else:
-            assert found[name] == pytest.approx(expected[name], rel=0.15), name
+            assert found[name] == pytest.approx(expected[name], rel=0.3), name
     survived = [sums["surviving_tau"] / (1e-6 * sums["kept_tau"]) for sums in (found, expected)]
     assert survived[0] == pytest.approx(survived[1], rel=0.05)
 
 
+def test_a_settled_cut_is_kept_to() -> None:
+    """In a shard the largest of the whole may be few: F is not the shard's own."""
+    operator, n = Operator("top"), 2_000
+    job, other = job_of(n), job_of(n)
+    TorchEngine().update([job])
+    cut = top_cut(job.update, 5)  # as if the other shards had nearly all of the k largest
+    job.cuts = (cut, top_cut(job.tau.dense(0, n), 7))
+    found = dict(zip(SUMS, unchanged([job], operator)[0].tolist(), strict=True))
+    largest = job.update.double().square().sort(descending=True).values[:5].sum()
+    assert found["kept_update"] == pytest.approx(float(largest))
+    tau = other.tau.dense(0, n).double().square().sort(descending=True).values[:7].sum()
+    assert found["kept_tau"] == pytest.approx(float(tau))
+
+
+def test_jobs_are_measured_together_and_each_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever batches they come in, and in whatever company: top has no randomness of its own."""
+    operator = Operator("top", consensus="sign")
+    sizes = (700, 1, 2_000, 50_000, 0, 1_500)
+
+    def jobs() -> list[Job]:
+        made = [job_of(n, masked=n == 700, step=3 + (n == 1_500)) for n in sizes]
+        made[2].exp_avg = made[2].exp_avg.bfloat16()
+        return made
+
+    alone = torch.cat([sampled([job], operator) for job in jobs()])
+    together = unchanged(jobs(), operator)
+    monkeypatch.setitem(sampling.BATCH, "cpu", 1)
+    apart = sampled(jobs(), operator)
+    assert torch.allclose(together, alone, rtol=1e-12, atol=0)
+    assert torch.allclose(apart, alone, rtol=1e-12, atol=0)
+    assert together[4].tolist() == [0.0] * len(SUMS)
+
+
 def test_ranges_lie_apart_within_the_tensor_and_move_from_step_to_step() -> None:
-    for count in ((1 << 15) + 300, (1 << 19) + 1, 1_234_567):
-        seen = set()
+    for count in (3_000, (1 << 19) + 1, 1_234_567):
+        seen, wanted = set(), max(2048, count // 64)
         for step in range(20):
             found = list(ranges(count, step))
-            assert len(found) == -(-count // (1 << 19))
-            assert all(low % 256 == 0 and high - low == 1 << 13 for low, high in found)
+            assert len(found) == -(-wanted // 8192)
+            assert all(low % 256 == 0 and high - low <= 8192 for low, high in found)
+            assert 0.9 * wanted < sum(high - low for low, high in found) <= wanted
             assert all(0 <= low < high <= count for low, high in found)
             assert all(a[1] <= b[0] for a, b in pairwise(found))
             seen.update(found)
-        assert len(seen) > 15 * len(found)
         assert min(low for low, _ in seen) < 0.3 * count
         assert max(high for _, high in seen) > 0.7 * count
-    assert list(ranges(1 << 15, 1)) == [(0, 1 << 15)]
-    assert [high - low for low, high in ranges(1 << 24, 1, "cuda")] == [1 << 18]
-
-
-def test_an_empty_part_measures_nothing() -> None:
-    job = job_of(0)
-    TorchEngine().update([job])
-    assert sampled(job, Operator("bernoulli")).tolist() == [0.0] * len(SUMS)
+        assert len(seen) > 3
+    assert list(ranges(2304, 1)) == [(0, 2304)]
+    assert list(ranges(0, 1)) == [(0, 0)]
 
 
 @pytest.mark.parametrize("kind", ["bf16 moments", "step-K", "around an optimizer", "residual", "amsgrad"])
 def test_every_kind_of_job_can_be_sampled(kind: str) -> None:
     """A sample of everything is what the torch engine measures; nothing of the job has changed by it."""
-    jobs = [job_of(4_000), job_of(4_000)]
+    jobs = [job_of(2_300), job_of(2_300)]
     for job in jobs:
         if kind == "bf16 moments":
             job.exp_avg, job.exp_avg_sq = job.exp_avg.bfloat16(), job.exp_avg_sq.bfloat16()
@@ -144,10 +178,7 @@ def test_every_kind_of_job_can_be_sampled(kind: str) -> None:
             job.stored = "residual"
         else:
             job.max_exp_avg_sq = job.exp_avg_sq * 2
-    found = sampled(jobs[0], OPERATORS[0])
-    expected = measured(jobs[1], OPERATORS[0])
+    operator = Operator("top")
+    found = unchanged(jobs[:1], operator)[0]
+    expected = measured(jobs[1], operator)
     assert dict(zip(SUMS, found.tolist(), strict=True)) == pytest.approx(expected, rel=1e-12)
-    TorchEngine().step([jobs[0]], OPERATORS[0])
-    for name in ("param", "residual", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "anchor"):
-        one, other = (getattr(job, name) for job in jobs)
-        assert one is None if other is None else torch.equal(one, other), name
