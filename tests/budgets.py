@@ -22,8 +22,7 @@ BUDGETS = {
     "tests/examples": 150,
     "src": 40,
 }
-"""CPU seconds per suite: twice or more what it takes on a machine that others slow down (CPU seconds there were two
-to three times those in quiet), so that what fails is growth, not noise."""
+"""CPU seconds per suite: twice what it takes where others slow the machine down; what fails is growth."""
 
 _KEY = "cpu_seconds"
 
