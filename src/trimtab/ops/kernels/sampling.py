@@ -37,7 +37,7 @@ def step_and_sample(engine: Engine, jobs: Sequence[Job], operator: Operator) -> 
     Returns:
         float64 (jobs, SUMS) on the CPU.
     """
-    sums = torch.zeros(len(jobs), len(SUMS), dtype=torch.float64)
+    sums = torch.zeros(len(jobs), len(SUMS), dtype=torch.float64, device="cpu")
     merging = [row for row, job in enumerate(jobs) if job.settings.merge]
     sums[merging] = sampled([jobs[row] for row in merging], operator)
     engine.step(jobs, operator)
@@ -59,7 +59,7 @@ def sampled(jobs: Sequence[Job], operator: Operator) -> Tensor:
     Returns:
         float64 (jobs, SUMS) on the CPU.
     """
-    sums = torch.zeros(len(jobs), len(SUMS), dtype=torch.float64)
+    sums = torch.zeros(len(jobs), len(SUMS), dtype=torch.float64, device="cpu")
     samples = [
         _Sample(row, job, list(ranges(job.layout.numel, job.settings.step))) for row, job in enumerate(jobs)
     ]
