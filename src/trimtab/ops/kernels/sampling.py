@@ -23,7 +23,7 @@ from trimtab.ops.sparsify import Thinning, l1_factor, thin, top_cut
 BATCH = {"cpu": 1 << 16}
 _ELSEWHERE = 1 << 22
 """Entries of several parameters that are measured together: a call of torch costs as much as a thousand."""
-_LEAST, _SHARE, _RANGE, _BLOCK = 1 << 11, 64, 1 << 13, 256
+_LEAST, _SHARE, _RANGE, _BLOCK = 1 << 10, 256, 1 << 11, 256
 
 
 def step_and_sample(engine: Engine, jobs: Sequence[Job], operator: Operator) -> Tensor:
@@ -47,7 +47,7 @@ def step_and_sample(engine: Engine, jobs: Sequence[Job], operator: Operator) -> 
 def sampled(jobs: Sequence[Job], operator: Operator) -> Tensor:
     """Estimate :func:`~trimtab.ops.kernels.sums.measure`'s sums of whole local parts from ranges of them.
 
-    Of each a 64th is measured and 2¹¹ entries at least, in ranges (:func:`ranges`). What a sample need not
+    Of each one entry in 256 is measured, and 2¹⁰ at least, in ranges (:func:`ranges`). What a sample need not
     know is not asked for: which entries a random mask keeps (here others, as many, the same in each run;
     ``l1`` then restores by 1/p), and where ``top`` cuts Δ, unless that is settled already: the sample has its
     own cut. Of a τ that is held as F(τ), Σ F(τ)² is exact: the drift follows from it.
@@ -79,7 +79,7 @@ def ranges(count: int, step: int) -> Iterator[tuple[int, int]]:
         >>> list(ranges(1000, 1))
         [(0, 1000)]
         >>> [high - low for low, high in ranges(1_000_000, 1)]
-        [7680, 7680]
+        [1792, 1792]
     """
     wanted = max(_LEAST, count // _SHARE)
     if count <= wanted + _BLOCK:
