@@ -84,24 +84,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--repeat", type=int, default=7)
-    parser.add_argument("--kernels", nargs="+", default=["torch", "auto"])
+    parser.add_argument("--kernels", nargs="+", default=["auto", "torch"])
     parser.add_argument("--out", type=Path, default=OUT)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    shapes = {name: shape for name, shape in llama_shapes(arguments.layers).items() if "embed" not in name}
-    count = sum(torch.Size(shape).numel() for shape in shapes.values())
-    delta = Measurable(parameters(shapes))
-    print(f"{count:,} parameters in {len(shapes)} tensors, fp32, p = 0.5, one thread, CPU time")
-    rows = {}
-    for kind in (OnDARE, OnTIES):
-        for kernel in arguments.kernels:
-            row = compared(kind, kernel, delta, shapes, arguments.repeat)
-            rows[f"{kind.__name__}, kernel {kernel}"] = row
-            print(f"{kind.__name__:8s} kernel {kernel:8s} {row}", flush=True)
+    llama = {name: shape for name, shape in llama_shapes(arguments.layers).items() if "embed" not in name}
+    small = {f"layers.{i}.weight": (50, 100) for i in range(200)}
+    rows = [row for shapes in (llama, small) for row in measured(shapes, arguments.kernels, arguments.repeat)]
     result = {
-        "parameters": count,
-        "tensors": len(shapes),
         "measure_every": EVERY,
         "torch": torch.__version__,
         "python": platform.python_version(),
@@ -109,6 +100,20 @@ def main() -> None:
         "rows": rows,
     }
     arguments.out.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def measured(shapes: dict[str, tuple[int, ...]], kernels: list[str], repeat: int) -> list[dict[str, Any]]:
+    """A row for each optimizer and kernel."""
+    count = sum(torch.Size(shape).numel() for shape in shapes.values())
+    delta = Measurable(parameters(shapes))
+    print(f"{count:,} parameters in {len(shapes)} tensors, fp32, p = 0.5, one thread, CPU time")
+    rows = []
+    for kind in (OnDARE, OnTIES):
+        for kernel in kernels:
+            about = {"parameters": count, "tensors": len(shapes), "optimizer": kind.__name__}
+            rows.append(about | compared(kind, kernel, delta, shapes, repeat))
+            print(f"{kind.__name__:8s} {rows[-1]}", flush=True)
+    return rows
 
 
 if __name__ == "__main__":
