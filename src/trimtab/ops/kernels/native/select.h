@@ -12,6 +12,8 @@
 #include "range.h"
 
 #define LINES 1024     /* in a sample, at most */
+#define SAMPLE_BITS 17 /* that its histogram drops of a magnitude: 64 bins a binade */
+#define SAMPLE_BINS (1 << (31 - SAMPLE_BITS))
 #define SMALL 2048     /* entries below which there is no sample */
 #define MARGIN 4.0     /* standard deviations of the sample's rank on either side */
 #define LARGEST 0x7FFFFFFFu
@@ -33,7 +35,7 @@ static int search_round(Search *s) {
     if (width == 0) return 0;
     s->shift = 0;
     while (width >> s->shift >= BINS) s->shift++;
-    memset(s->counts, 0, sizeof s->counts);
+    memset(s->counts, 0, ((size_t)(width >> s->shift) + 1) * sizeof *s->counts);
     return 1;
 }
 
@@ -56,12 +58,6 @@ static void search_list(Search *s, const uint32_t *x, int64_t n) {
     }
 }
 
-static uint32_t largest_of(const uint32_t *x, int64_t n, int64_t rank) {
-    Search s = {.high = LARGEST, .need = rank < 1 ? 1 : rank > n ? n : rank};
-    search_list(&s, x, n);
-    return s.low;
-}
-
 /* -- the sample */
 
 typedef struct {
@@ -74,54 +70,85 @@ typedef struct {
 } Survey;
 
 static int sample_size(int64_t n) {
-    int lines = 32; /* about n^(2/3) entries */
-    while (lines < LINES && (int64_t)lines * lines * lines * 64 < n * n / 64) lines *= 2;
+    int lines = 32; /* about n^(2/3)/2 entries */
+    while (lines < LINES && (int64_t)lines * lines * lines * 512 < n * n / 64) lines *= 2;
     return lines;
 }
 
-/* Magnitudes of Δ in lines of 16 neighbours, one anywhere in each of `size` equal parts. */
+/* Magnitudes of Δ in lines of 16 neighbours, one anywhere in each of `size` equal parts of a whole tensor. */
 static void take_sample(const Job *job, int flags, uint32_t *sample, int size) {
-    const int64_t lines = job->entries / W;
+    enum { SOON = 8 }; /* lines fetched ahead */
+    int64_t at[LINES];
     uint32_t where[2 * W];
-    Found all = {.high = LARGEST, .where = where};
+    Buffers own;
+    Block b = block_of(job);
+    Walk w = {.job = job, .n = W, .high = -1};
     for (int i = 0; i < size; i++) {
-        int64_t from = lines * i / size, to = lines * (i + 1) / size;
+        int64_t lines = job->entries / W, from = lines * i / size, to = lines * (i + 1) / size;
         uint64_t spread = finalized((uint64_t)job->settings->step << 32 | (uint64_t)i);
-        int64_t low = (from + (int64_t)(spread % (uint64_t)(to - from))) * W;
-        all.bits = sample + i * W;
-        all.found = 0;
-        survey_range(job, low, low + W, flags, 0, 0, &all);
+        at[i] = (from + (int64_t)((spread >> 32) * (uint64_t)(to - from) >> 32)) * W;
+    }
+    for (int i = 0; i < size; i++) {
+        if (i + SOON < size && is_direct(job) && flags & FROM_GRAD) {
+            __builtin_prefetch((const float *)job->first + at[i + SOON]);
+            __builtin_prefetch((const float *)job->second + at[i + SOON]);
+            __builtin_prefetch((const float *)job->grad + at[i + SOON]);
+        }
+        Found all = {.high = LARGEST, .bits = sample + i * W, .where = where};
+        w.at = w.global = at[i];
+        load_block(&b, job, &w, flags, &own);
+        if (!(flags & FROM_UPDATE)) b.update = 0;
+        survey_block(&b, flags, 0, &all, 0);
     }
 }
 
 /* Standard deviation of the number of magnitudes ≥ x in a sample of lines: neighbours may be alike. */
 static double deviation(const uint32_t *sample, int size, uint32_t x) {
-    double sum = 0, squares = 0;
+    int64_t sum = 0, squares = 0;
     for (int i = 0; i < size; i++) {
         int above = 0;
         for (int j = 0; j < W; j++) above += sample[i * W + j] >= x;
         sum += above;
-        squares += (double)above * above;
+        squares += above * above;
     }
-    return __builtin_sqrt(squares - sum * sum / size + 1.0);
+    return __builtin_sqrt((double)squares - (double)sum * (double)sum / size + 1.0);
+}
+
+/* The bin of the rank-th largest of a sample: from `bin` downwards, with `reached` larger ones above. */
+static uint32_t bin_of(double rank, const uint16_t *counts, uint32_t bin, int64_t *reached) {
+    while (bin > 0 && (double)(*reached + counts[bin]) < rank) *reached += counts[bin--];
+    return bin;
 }
 
 /* Bracket the k-th largest of Δ: the ranks in a sample, give or take their deviation. Returns the share inside. */
 static double find_bracket(const Job *job, int flags, Survey *survey) {
-    survey->bracket.low = 1; /* zeros need not be told apart */
-    survey->bracket.high = LARGEST;
+    Found *all = &survey->bracket;
+    all->low = 1; /* zeros need not be told apart */
+    all->high = LARGEST;
     if (job->entries < SMALL) return 0;
-    uint32_t sample[(LINES + 1) * W];
+    uint32_t sample[(LINES + 1) * W], highest = 0, least = LARGEST, most = 0;
+    uint16_t counts[SAMPLE_BINS] = {0};
     const int size = sample_size(job->entries), n = size * W;
     take_sample(job, flags, sample, size);
+    for (int i = 0; i < n; i++) {
+        counts[sample[i] >> SAMPLE_BITS]++;
+        highest = sample[i] > highest ? sample[i] : highest;
+    }
     double rank = (double)survey->wanted / (double)job->entries * n;
-    double margin = MARGIN * deviation(sample, size, largest_of(sample, n, (int64_t)(rank + 0.5))) + 1.0;
-    if (rank - margin >= 1.0) survey->bracket.high = largest_of(sample, n, (int64_t)(rank - margin));
-    if (rank + margin <= n) survey->bracket.low = largest_of(sample, n, (int64_t)(rank + margin) + 1);
-    if (survey->bracket.high == 0) survey->bracket.high = 1;
-    if (survey->bracket.low == 0) survey->bracket.low = 1;
-    int inside = 0;
-    for (int i = 0; i < n; i++) inside += sample[i] - survey->bracket.low <= survey->bracket.high - survey->bracket.low;
+    int64_t reached = 0, inside = 0;
+    uint32_t middle = bin_of(rank, counts, highest >> SAMPLE_BITS, &reached);
+    double margin = MARGIN * deviation(sample, size, middle << SAMPLE_BITS) + 1.0;
+    reached = 0;
+    uint32_t top = bin_of(rank - margin, counts, highest >> SAMPLE_BITS, &reached);
+    uint32_t bottom = bin_of(rank + margin, counts, top, &reached);
+    for (int i = 0; i < n; i++) {
+        int in = sample[i] - (bottom << SAMPLE_BITS) < (top + 1 - bottom) << SAMPLE_BITS;
+        least = in && sample[i] < least ? sample[i] : least;
+        most = in && sample[i] > most ? sample[i] : most;
+        inside += in;
+    }
+    if (rank - margin >= 1.0 && most > 0) all->high = most;
+    if (rank + margin <= n && least > 0) all->low = least;
     return (double)inside / n;
 }
 
@@ -129,8 +156,9 @@ static double find_bracket(const Job *job, int flags, Survey *survey) {
 
 /* Begin a survey of Δ, which is left in `delta` if there is room for it; 0 where there is no memory. */
 static int begin_survey(const Job *job, int flags, float *delta, Survey *survey) {
-    memset(survey, 0, sizeof *survey);
+    survey->bracket = (Found){0};
     survey->wanted = job->count;
+    survey->room = 0;
     survey->delta = flags & FROM_GRAD ? delta : 0;
     survey->advances = flags & FROM_GRAD && (survey->delta || job->moment_kind == FP32);
     Found *all = &survey->bracket;
