@@ -22,11 +22,17 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from trimtab import OnDARE, OnTIES, ReferenceDelta
 
 SIZE, STEPS = 2, 4
-KINDS = {
-    "ondare": (OnDARE, {}),
-    "onties": (OnTIES, {}),
-    "l1": (OnDARE, {"rescale": "l1", "consensus": "sign"}),
+EXACT = {
+    "ondare": (OnDARE, {"kernel": "torch"}),
+    "onties": (OnTIES, {"kernel": "torch"}),
+    "l1": (OnDARE, {"rescale": "l1", "consensus": "sign", "kernel": "torch"}),
 }
+"""The torch engine measures every entry of a merge."""
+
+SAMPLED = {"ondare-sampled": (OnDARE, {}), "onties-sampled": (OnTIES, {})}
+"""Others measure a sample, which is another one for other shards."""
+
+KINDS = {**EXACT, **SAMPLED}
 
 
 def model(seed: int) -> torch.nn.Module:
