@@ -311,13 +311,13 @@ def _hashed_range(
 
 def _counter(count: int, device: torch.device | str | None) -> Tensor:
     if count > _CHUNK // 64:  # most often a whole chunk: worth keeping, 1 MB
-        return _full_counter(device)[:count]
+        return _full_counter(_CHUNK, device)[:count]
     return torch.arange(count, dtype=torch.int32, device=device)
 
 
 @lru_cache(maxsize=8)
-def _full_counter(device: torch.device | str | None) -> Tensor:
-    return torch.arange(_CHUNK, dtype=torch.int32, device=device)
+def _full_counter(size: int, device: torch.device | str | None) -> Tensor:
+    return torch.arange(size, dtype=torch.int32, device=device)
 
 
 def _index_chunks(
