@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 
 # Each wrapper inserts a path component: torch.compile, activation checkpointing, FSDP1, DDP / DataParallel.
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
@@ -12,6 +13,7 @@ _PEFT_VECTOR = re.compile(r"\.(lora_embedding_[AB])\.[^.]+$")
 _PEFT_SAVED = re.compile(r"\.modules_to_save\.[^.]+\.")
 
 
+@lru_cache(maxsize=1 << 16)  # asked for each parameter in each step
 def canonical_name(name: str) -> str:
     """Return ``name`` without the prefixes of wrappers and without the adapter's name.
 

@@ -33,7 +33,7 @@ int64_t trimtab_begin(Plan *plan) {
         if (is_shared(job, plan) || !is_surveyed(job, plan)) find_tau_cut(job, plan);
         if (is_shared(job, plan)) {
             Survey *survey = malloc(sizeof *survey);
-            if (!survey || !begin_survey(job, flags_of(job, plan), 0, survey)) plan->failed = 1;
+            if (!survey || !begin_survey(job, flags_of(job, plan), 0, 0, survey)) plan->failed = 1;
             job->survey = survey;
             items += chunks_of(job);
         } else {
@@ -96,11 +96,17 @@ static float *delta_for(const Job *job, Scratch *own) {
 
 /* A tensor that top has to see whole, by one thread. */
 static void survey_and_step(Job *job, const Plan *plan, Scratch *own) {
-    int flags = flags_of(job, plan), again = flags;
-    float *given = job->update;
+    int flags = flags_of(job, plan);
+    float *given = job->update, *delta = delta_for(job, own);
     Survey survey;
     find_tau_cut(job, plan);
-    if (begin_survey(job, flags, delta_for(job, own), &survey)) {
+    if (delta && flags & FROM_GRAD && job->entries <= CHUNK) { /* all of it in cache: Δ first, the rest from that */
+        job->update = delta;
+        update_range(job, 0, job->entries, flags);
+        flags = (flags & ~FROM_GRAD) | FROM_UPDATE;
+    }
+    int again = flags;
+    if (begin_survey(job, flags, delta, &own->lists, &survey)) {
         for (int64_t low = 0; low < job->entries; low += CHUNK)
             survey_chunk(job, low, low + CHUNK < job->entries ? low + CHUNK : job->entries, flags, &survey, own->lists);
         again = after_survey(flags, &survey);

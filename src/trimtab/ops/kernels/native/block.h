@@ -28,6 +28,7 @@ enum {
     SCATTERED = 65536, /* indices are listed */
 };
 
+#define OF_DELTA (FROM_GRAD | FROM_MOMENTS | FROM_UPDATE | ANCHORED | MAXIMIZES | LERPS_FAR) /* what Δ depends on */
 #define AHEAD 512 /* entries: distance of prefetching */
 
 typedef struct {
@@ -164,7 +165,7 @@ typedef struct {
     uint32_t low, high; /* the bracket, both ends included */
     int64_t above;
     int64_t found;
-    uint32_t *bits, *where; /* of what was found: magnitudes, local indices */
+    uint32_t *bits, *where; /* of what was found: magnitudes, local indices (where they are asked for) */
     int64_t *counts;        /* instead of these: BINS counters, of bits − low without its lowest `shift` bits */
     int shift;
 } Found;
@@ -198,7 +199,7 @@ INLINE void survey_lanes(vf x, vu where, Found *found, vu *above, int k) {
         for (int j = vm_count(inside); j-- > 0;) found->counts[list[j]]++;
     } else if (PACKS_FAST || vm_any(inside)) { /* a branch that cannot be foreseen costs more than two packings */
         vu_pack(found->bits + found->found, inside, bits);
-        vu_pack(found->where + found->found, inside, where);
+        if (found->where) vu_pack(found->where + found->found, inside, where);
         found->found += vm_count(inside);
     }
 }
@@ -230,19 +231,33 @@ static __attribute__((noinline)) void survey_any(const Block *b, int flags, int 
 
 /* Form Δ of a block and count it; `low` is the local index of its first entry. */
 static __attribute__((noinline)) void survey_block(const Block *b, int flags, int keeps, Found *found, uint32_t low) {
+    flags &= OF_DELTA;
     if (flags == FROM_GRAD && keeps)
         survey_loop(b, FROM_GRAD, 1, found, low);
-    else if (flags == FROM_GRAD && !keeps)
+    else if (flags == FROM_GRAD)
         survey_loop(b, FROM_GRAD, 0, found, low);
+    else if (flags == FROM_UPDATE)
+        survey_loop(b, FROM_UPDATE, 0, found, low);
     else
         survey_any(b, flags, keeps, found, low);
 }
 
-/* Δ of a block into `update`, the moments advanced. */
-static __attribute__((noinline)) void update_block(const Block *b, int flags) {
+INLINE void update_loop(const Block *shared, const int flags) {
+    const Block own = *shared, *b = &own;
     int i = 0;
     for (; i + W <= b->n; i += W) delta_lanes(b, flags, 1, i, W);
     if (i < b->n) delta_lanes(b, flags, 1, i, b->n - i);
+}
+
+static __attribute__((noinline)) void update_any(const Block *b, int flags) { update_loop(b, flags); }
+
+/* Δ of a block into `update`, the moments advanced. */
+static __attribute__((noinline)) void update_block(const Block *b, int flags) {
+    flags &= OF_DELTA;
+    if (flags == FROM_GRAD)
+        update_loop(b, FROM_GRAD);
+    else
+        update_any(b, flags);
 }
 
 #endif

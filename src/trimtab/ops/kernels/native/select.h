@@ -15,6 +15,7 @@
 #define SAMPLE_BITS 17 /* that its histogram drops of a magnitude: 64 bins a binade */
 #define SAMPLE_BINS (1 << (31 - SAMPLE_BITS))
 #define SMALL 2048     /* entries below which there is no sample */
+#define FEW 16         /* numbers that are sorted rather than counted */
 #define MARGIN 4.0     /* standard deviations of the sample's rank on either side */
 #define LARGEST 0x7FFFFFFFu
 #define BUFFERED (1LL << 22) /* entries up to which Δ is kept from the pass that finds the cut for the one that uses it */
@@ -29,12 +30,12 @@ typedef struct {
     int64_t counts[BINS];
 } Search;
 
-/* Begin the next round; 0 where the number is known. */
-static int search_round(Search *s) {
+/* Begin the next round, with at most `bins` counters; 0 where the number is known. */
+static int search_round(Search *s, uint32_t bins) {
     uint32_t width = s->high - s->low;
     if (width == 0) return 0;
     s->shift = 0;
-    while (width >> s->shift >= BINS) s->shift++;
+    while (width >> s->shift >= bins) s->shift++;
     memset(s->counts, 0, ((size_t)(width >> s->shift) + 1) * sizeof *s->counts);
     return 1;
 }
@@ -48,9 +49,43 @@ static void search_narrow(Search *s) {
     s->low = low;
 }
 
+/* The last rounds at once: sort what is left, FEW numbers at most. */
+static void search_few(Search *s, const uint32_t *x, int64_t n) {
+    uint32_t few[FEW];
+    int found = 0;
+    for (int64_t i = 0; found < s->equal && i < n; i++) {
+        if (x[i] - s->low > s->high - s->low) continue;
+        int at = found++; /* the largest come first */
+        for (; at > 0 && few[at - 1] < x[i]; at--) few[at] = few[at - 1];
+        few[at] = x[i];
+    }
+    uint32_t cut = few[s->need - 1];
+    int64_t larger = 0, equal = 0;
+    for (int i = 0; i < found; i++) {
+        larger += few[i] > cut;
+        equal += few[i] == cut;
+    }
+    s->low = s->high = cut;
+    s->need -= larger;
+    s->equal = equal;
+}
+
+/* Search a list of numbers that all lie in low … high. */
 static void search_list(Search *s, const uint32_t *x, int64_t n) {
+    uint32_t least = s->high, most = s->low;
+    for (int64_t i = 0; i < n; i++) {
+        least = x[i] < least ? x[i] : least;
+        most = x[i] > most ? x[i] : most;
+    }
     s->equal = n;
-    while (search_round(s)) {
+    s->low = least;
+    s->high = most;
+    while (s->low < s->high) {
+        if (s->equal <= FEW) {
+            search_few(s, x, n);
+            return;
+        }
+        search_round(s, n < 8 * BINS ? BINS / 8 : BINS);
         const uint32_t low = s->low, width = s->high - low;
         for (int64_t i = 0; i < n; i++)
             if (x[i] - low <= width) s->counts[(x[i] - low) >> s->shift]++;
@@ -66,6 +101,7 @@ typedef struct {
     int64_t wanted;   /* k */
     int64_t room;     /* places in bracket.bits and .where */
     int advances;     /* the pass advances the moments */
+    int borrows;      /* the lists are a thread's own */
     float *delta;     /* where it leaves Δ, or null */
 } Survey;
 
@@ -114,9 +150,9 @@ static double deviation(const uint32_t *sample, int size, uint32_t x) {
     return __builtin_sqrt((double)squares - (double)sum * (double)sum / size + 1.0);
 }
 
-/* The bin of the rank-th largest of a sample: from `bin` downwards, with `reached` larger ones above. */
-static uint32_t bin_of(double rank, const uint16_t *counts, uint32_t bin, int64_t *reached) {
-    while (bin > 0 && (double)(*reached + counts[bin]) < rank) *reached += counts[bin--];
+/* The bin of the rank-th largest of a sample: from `bin` down to `lowest`, with `reached` larger ones above. */
+static uint32_t bin_of(double rank, const uint16_t *counts, uint32_t lowest, uint32_t bin, int64_t *reached) {
+    while (bin > lowest && (double)(*reached + counts[bin]) < rank) *reached += counts[bin--];
     return bin;
 }
 
@@ -126,26 +162,32 @@ static double find_bracket(const Job *job, int flags, Survey *survey) {
     all->low = 1; /* zeros need not be told apart */
     all->high = LARGEST;
     if (job->entries < SMALL) return 0;
-    uint32_t sample[(LINES + 1) * W], highest = 0, least = LARGEST, most = 0;
-    uint16_t counts[SAMPLE_BINS] = {0};
+    uint32_t sample[(LINES + 1) * W], highest = 0, lowest = LARGEST, least = LARGEST, most = 0;
+    uint16_t counts[SAMPLE_BINS];
     const int size = sample_size(job->entries), n = size * W;
     take_sample(job, flags, sample, size);
     for (int i = 0; i < n; i++) {
-        counts[sample[i] >> SAMPLE_BITS]++;
         highest = sample[i] > highest ? sample[i] : highest;
+        lowest = sample[i] < lowest ? sample[i] : lowest;
     }
+    highest >>= SAMPLE_BITS;
+    lowest >>= SAMPLE_BITS;
+    memset(counts + lowest, 0, (highest - lowest + 1) * sizeof *counts);
+    for (int i = 0; i < n; i++) counts[sample[i] >> SAMPLE_BITS]++;
     double rank = (double)survey->wanted / (double)job->entries * n;
-    int64_t reached = 0, inside = 0;
-    uint32_t middle = bin_of(rank, counts, highest >> SAMPLE_BITS, &reached);
+    int64_t reached = 0;
+    uint32_t middle = bin_of(rank, counts, lowest, highest, &reached);
     double margin = MARGIN * deviation(sample, size, middle << SAMPLE_BITS) + 1.0;
     reached = 0;
-    uint32_t top = bin_of(rank - margin, counts, highest >> SAMPLE_BITS, &reached);
-    uint32_t bottom = bin_of(rank + margin, counts, top, &reached);
-    for (int i = 0; i < n; i++) {
-        int in = sample[i] - (bottom << SAMPLE_BITS) < (top + 1 - bottom) << SAMPLE_BITS;
-        least = in && sample[i] < least ? sample[i] : least;
-        most = in && sample[i] > most ? sample[i] : most;
-        inside += in;
+    uint32_t top = bin_of(rank - margin, counts, lowest, highest, &reached);
+    uint32_t bottom = bin_of(rank + margin, counts, lowest, top, &reached);
+    const uint32_t from = bottom << SAMPLE_BITS, width = (top + 1 - bottom) << SAMPLE_BITS;
+    uint32_t inside = 0;
+    for (int i = 0; i < n; i++) { /* without branches */
+        uint32_t x = sample[i], in = x - from < width ? LARGEST : 0;
+        least = (x | (LARGEST ^ in)) < least ? x | (LARGEST ^ in) : least;
+        most = (x & in) > most ? x & in : most;
+        inside += in & 1;
     }
     if (rank - margin >= 1.0 && most > 0) all->high = most;
     if (rank + margin <= n && least > 0) all->low = least;
@@ -154,17 +196,25 @@ static double find_bracket(const Job *job, int flags, Survey *survey) {
 
 /* -- the pass */
 
-/* Begin a survey of Δ, which is left in `delta` if there is room for it; 0 where there is no memory. */
-static int begin_survey(const Job *job, int flags, float *delta, Survey *survey) {
+/* Begin a survey of Δ, which is left in `delta` if there is room for it; 0 where there is no memory. What fits into one
+ * chunk is listed in `lists` (where there are any), without telling where it was found. */
+static int begin_survey(const Job *job, int flags, float *delta, const Found *lists, Survey *survey) {
     survey->bracket = (Found){0};
     survey->wanted = job->count;
-    survey->room = 0;
     survey->delta = flags & FROM_GRAD ? delta : 0;
     survey->advances = flags & FROM_GRAD && (survey->delta || job->moment_kind == FP32);
+    survey->borrows = lists && job->entries <= CHUNK;
     Found *all = &survey->bracket;
-    if (find_bracket(job, flags, survey) > 0.125) {
+    const double inside = find_bracket(job, flags, survey);
+    if (survey->borrows) {
+        survey->room = job->entries;
+        all->bits = lists->bits;
+        return 1;
+    }
+    survey->room = 0;
+    if (inside > 0.125) {
         survey->search = (Search){.low = all->low, .high = all->high};
-        if (!search_round(&survey->search)) survey->search.shift = 0; /* one value: it is counted all the same */
+        if (!search_round(&survey->search, BINS)) survey->search.shift = 0; /* one value: it is counted all the same */
         all->counts = survey->search.counts;
         all->shift = survey->search.shift;
         return 1;
@@ -182,6 +232,7 @@ static int after_survey(int flags, const Survey *survey) {
 }
 
 static void end_survey(Survey *survey) {
+    if (survey->borrows) return;
     free(survey->bracket.bits);
     free(survey->bracket.where);
 }
@@ -189,6 +240,10 @@ static void end_survey(Survey *survey) {
 /* Survey one chunk by way of `own` (CHUNK + slack places in each of its lists), so that threads may share a survey. */
 static void survey_chunk(const Job *job, int64_t low, int64_t end, int flags, Survey *survey, Found own) {
     Found *all = &survey->bracket;
+    if (survey->borrows) {
+        survey_range(job, low, end, flags, survey->advances, survey->delta, all);
+        return;
+    }
     int64_t counts[BINS];
     own.low = all->low;
     own.high = all->high;
@@ -251,7 +306,7 @@ static void pass_over(const Job *job, int flags, int of_tau, Pass *pass) {
 
 /* Radix selection of the cut of Δ (or of τ), from what is known of it. */
 static void cut_by_radix(const Job *job, int flags, int of_tau, Search *s, int64_t *cut, int64_t *index) {
-    while (search_round(s)) {
+    while (search_round(s, BINS)) {
         pass_over(job, flags, of_tau, &(Pass){.search = s, .skip = -1});
         search_narrow(s);
     }
@@ -287,6 +342,10 @@ static void finish_survey(Job *job, int again, Survey *survey) {
     } else {
         Search s = {.low = all->low, .high = all->high, .need = need};
         search_list(&s, all->bits, n);
+        if (!all->where) {
+            cut_by_radix(job, again, 0, &s, &job->update_cut, &job->update_cut_index);
+            return;
+        }
         job->update_cut = s.low;
         job->update_cut_index = job->total;
         if (s.need == s.equal) return;
