@@ -332,8 +332,7 @@ class _Frame:
         self.decay = 1.0 - self.lr * float(group["weight_decay"])
         self.moves = moves(group)
         self._weights = weights(group)
-        identity = self.merging.preset.operator.is_identity_on_first(self._weights, group["reserve_rate"])
-        self._skips = identity and not self.merging.force_merge
+        self._skips = self.merging.changes_nothing(self._weights, group["reserve_rate"])
         self._made: dict[tuple[int, bool, bool], Settings] = {}
 
     def settings(self, step: int, merge: bool, *, reopen: bool = False) -> Settings:

@@ -151,12 +151,9 @@ class Merging:
 
     # -- one parameter
 
-    def skips(self, name: str, group: dict[str, Any]) -> bool:
-        """Whether the plain step is the whole step: no delta, or α = 0 with F the identity."""
-        if not self.merges(name):
-            return True
-        identity = self.preset.operator.is_identity_on_first(weights(group), group["reserve_rate"])
-        return identity and not self.force_merge
+    def changes_nothing(self, weights: tuple[float, float], rate: float) -> bool:
+        """Whether a merge is the plain step: α = 0 with F the identity."""
+        return self.preset.operator.is_identity_on_first(weights, rate) and not self.force_merge
 
     @property
     def masked_once(self) -> bool:

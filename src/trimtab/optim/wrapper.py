@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +15,7 @@ from torch.optim import Optimizer
 from trimtab.delta.held import Storage, Where
 from trimtab.errors import UserError
 from trimtab.ops import Consensus, Operator, Preset, Rescale, Sparsifier, canonical_name
+from trimtab.ops.kernels.copying import copy_all
 from trimtab.ops.kernels.job import Job, Settings
 from trimtab.ops.kernels.torch_engine import update_dtype, write_master
 from trimtab.ops.masks import ROUNDING, MaskKey, Place
@@ -267,113 +269,110 @@ class OnlineMerging(MergingShell):
     def merge_now(self) -> int:
         """Merge what is pending in intervals of K > 1 steps. Returns the number of parameters merged."""
         merged = 0
-        for name, p, group in self._parameters():
-            if self.state[p].get(SINCE, 0) > 0:
-                master = self._master(p)
-                self._run([self._closing(name, p, group, master, p)], self._steps())
-                if master is not p:
-                    self._write(name, p, p.detach(), master)
-                merged += 1
+        for frame in self._frames():
+            for name, p in frame.parameters():
+                state = self.state[p]
+                if state.get(SINCE, 0) > 0:
+                    master = self._master(p)
+                    self._run([self._closing(name, p, state, frame, master, p)], self._steps())
+                    if master is not p:
+                        self._write(name, p, p.detach(), master)
+                    merged += 1
         return merged
 
     @torch.no_grad()
     def _pre_step(self, *_: Any) -> None:
         self._swap_back()
         self._before_step()
-        for name, p, group in self._parameters():
-            if not p.requires_grad:
-                self._hide_gradient(p)
-                continue
-            if self._rounding(p) != "nearest" or update_dtype(p.dtype) != p.dtype:
-                self._show_master(p)
-            if self._keeps_before(name, p, group):
-                self._keep_before(p)
+        kept = []
+        for frame in self._frames():
+            for name, p in frame.parameters():
+                if not p.requires_grad:
+                    self._hide_gradient(p)
+                    continue
+                if _has_master(self.merging.rounding, p.dtype):
+                    self._show_master(p)
+                if self._keeps_before(name, p, frame):
+                    kept.append(p)
+        self._keep_before(kept)
 
     @torch.no_grad()
     def _post_step(self, *_: Any) -> None:
         # Around a fused optimizer a GradScaler calls even the step that is to be skipped, and says so here.
         found_inf = getattr(self.optimizer, "found_inf", None)
-        skipped = found_inf is not None and bool(found_inf)
-        moved = [] if skipped else [each for each in self._parameters() if each[1].grad is not None]
-        slots = [slot for name, p, group in moved for slot in [self._advance(name, p, group)] if slot]
-        if not skipped:
-            self._run(slots, self._steps() + 1)
-        for name, p, _group in moved:
-            if p in self._swapped:
-                self._store_swapped(name, p)
+        if found_inf is not None and bool(found_inf):
+            self._swap_back()
+            return
+        states, slots, shown = self.state, [], []
+        for frame in self._frames():
+            for name, p in frame.parameters():
+                if p.grad is None:
+                    continue
+                slot = self._advance(name, p, states[p], frame)
+                if slot is not None:
+                    slots.append(slot)
+                if self._swapped and p in self._swapped:
+                    shown.append((name, p))
+        self._run(slots, self._steps() + 1)
+        for name, p in shown:
+            self._store_swapped(name, p)
         self._swap_back()
-        if not skipped:
-            self._after_step()
+        self._after_step()
 
-    def _advance(self, name: str, p: Tensor, group: dict[str, Any]) -> Slot | None:
+    def _advance(self, name: str, p: Tensor, state: dict[str, Any], frame: _Frame) -> Slot | None:
         """Count the step that the wrapped optimizer has just taken; the merge that is due now, if one is."""
-        state = self.state[p]
         state[COUNT] = state.get(COUNT, 0) + 1
         if not self.merging.merges(name):
             return None
-        stored = self._swapped[p][0] if p in self._swapped else p
-        if group["merge_every"] == 1:
-            if not moves(group) or self.merging.skips(name, group):
+        stored = self._swapped[p][0] if self._swapped and p in self._swapped else p
+        if frame.every == 1:
+            if not frame.moves or frame.skips:
                 return None
-            return self._merge_of(name, p, group, stored, self._before[p], self._decay(group))
+            slot = self._slot(name, p, frame, p, stored)
+            return self._merging(slot, frame, state[COUNT], self._before[p], frame.decay)
         if SINCE not in state:
             state[ANCHOR] = self._before.pop(p)
             state[DECAY], state[SINCE] = 1.0, 0
-        state[SINCE] += int(moves(group))
-        state[DECAY] *= self._decay(group)
-        due = state[SINCE] >= group["merge_every"] and moves(group)
-        return self._closing(name, p, group, p.detach(), stored) if due else None
+        state[SINCE] += int(frame.moves)
+        state[DECAY] *= frame.decay
+        due = state[SINCE] >= frame.every and frame.moves
+        return self._closing(name, p, state, frame, p, stored) if due else None
 
-    def _closing(self, name: str, p: Tensor, group: dict[str, Any], master: Tensor, stored: Tensor) -> Slot:
+    def _closing(
+        self, name: str, p: Tensor, state: dict[str, Any], frame: _Frame, master: Tensor, stored: Tensor
+    ) -> Slot:
         """The merge that ends an interval of K steps, and begins the next."""
-        state = self.state[p]
-        slot = self._merge_of(name, p, group, stored, state[ANCHOR], state[DECAY], master=master, reopen=True)
+        slot = self._slot(name, p, frame, master, stored)
+        self._merging(slot, frame, state[COUNT], state[ANCHOR], state[DECAY], reopen=True)
         state[DECAY], state[SINCE] = 1.0, 0
         return slot
 
-    def _merge_of(
-        self,
-        name: str,
-        p: Tensor,
-        group: dict[str, Any],
-        stored: Tensor,
-        anchor: Tensor,
-        decay: float,
-        *,
-        master: Tensor | None = None,
-        reopen: bool = False,
+    def _merging(
+        self, slot: Slot, frame: _Frame, step: int, anchor: Tensor, decay: float, *, reopen: bool = False
     ) -> Slot:
-        slot = self._slot(name, p, p if master is None else master, stored, group)
-        merge = not self.merging.skips(name, group)
-        slot.job.settings = Settings(
-            merge=merge,
-            weights=weights(group),
-            rate=group["reserve_rate"],
-            step=self.state[p][COUNT],
-            reopen=reopen,
-        )
+        """Set what the slot's job needs for a merge."""
+        slot.job.settings = frame.settings(step, reopen)
         slot.job.anchor, slot.job.anchor_decay = local_of(anchor), decay
-        if merge:
-            self._give_delta(slot, group)
+        if not frame.skips:
+            self._give_delta(slot, frame.group)
         return slot
 
-    def _slot(self, name: str, p: Tensor, master: Tensor, stored: Tensor, group: dict[str, Any]) -> Slot:
+    def _slot(self, name: str, p: Tensor, frame: _Frame, master: Tensor, stored: Tensor) -> Slot:
         """The parameter's slot: the one that was kept, if it still tells the truth."""
-        local, layout, shards = local_part(master)
         slot = self._slots.get(p)
-        if slot is None or slot.pointer != local.data_ptr() or self.param_groups[slot.group] is not group:
+        if slot is None or slot.pointer != local_of(master).data_ptr() or slot.group != frame.index:
+            local, layout, shards = local_part(master)
             job = Job(
                 name,
                 self.merging.seed,
                 layout,
-                local.detach(),
+                local,
                 "nearest",
                 group=shards,
                 update_dtype=update_dtype(stored.dtype),
                 kept_dtype=stored.dtype if self._rounding(stored) == "nearest" else master.dtype,
             )
-            index = next(i for i, one in enumerate(self.param_groups) if one is group)
-            slot = self._slots[p] = Slot(name, job, local.data_ptr(), merges=True, group=index)
+            slot = self._slots[p] = Slot(name, job, local.data_ptr(), merges=True, group=frame.index)
         return slot
 
     # -- masters of parameters below fp32, and of those with a rounding help
@@ -432,29 +431,62 @@ class OnlineMerging(MergingShell):
             p.grad = grad
         self._swapped = {}
 
-    def _keep_before(self, p: Tensor) -> None:
-        kept, value = self._before.get(p), p.detach()
-        if kept is None or (kept.shape, kept.dtype, kept.device) != (value.shape, value.dtype, value.device):
-            self._before[p] = value.clone(memory_format=torch.contiguous_format)
-        else:
-            kept.copy_(value)
+    def _keep_before(self, parameters: Sequence[Tensor]) -> None:
+        """Keep the parameters' values, in the memory of the last step's where there is one that fits."""
+        pairs = []
+        for p in parameters:
+            kept = self._before.get(p)
+            if kept is None or (kept.shape, kept.dtype, kept.device) != (p.shape, p.dtype, p.device):
+                self._before[p] = p.detach().clone(memory_format=torch.contiguous_format)
+            else:
+                pairs.append((local_of(kept), local_of(p)))
+        copy_all(pairs, native=self._runner.kernel != "torch")
 
-    def _keeps_before(self, name: str, p: Tensor, group: dict[str, Any]) -> bool:
+    def _keeps_before(self, name: str, p: Tensor, frame: _Frame) -> bool:
         if not self.merging.merges(name):
             return False
-        if group["merge_every"] > 1:
+        if frame.every > 1:
             return SINCE not in self.state.get(p, {})
-        return not self.merging.skips(name, group)
+        return not frame.skips
 
-    def _decay(self, group: dict[str, Any]) -> float:
-        decoupled = self.decoupled_decay
+    def _frames(self) -> list[_Frame]:
+        return [_Frame(self, index, group) for index, group in enumerate(self.param_groups)]
+
+
+class _Frame:
+    """What one group's parameters share in one step."""
+
+    def __init__(self, optimizer: OnlineMerging, index: int, group: dict[str, Any]) -> None:
+        self.index, self.group = index, group
+        self.every, self.moves = group["merge_every"], moves(group)
+        self._weights = weights(group)
+        self.skips = optimizer.merging.changes_nothing(self._weights, group["reserve_rate"])
+        decoupled = optimizer.decoupled_decay
         if decoupled is None:
-            decoupled = bool(group.get("decoupled_weight_decay", isinstance(self.optimizer, _DECOUPLED)))
-        return 1.0 - float(group["lr"]) * float(group.get("weight_decay", 0)) if decoupled else 1.0
+            inner = isinstance(optimizer.optimizer, _DECOUPLED)
+            decoupled = bool(group.get("decoupled_weight_decay", inner))
+        self.decay = 1.0 - float(group["lr"]) * float(group.get("weight_decay", 0)) if decoupled else 1.0
+        self._made: dict[tuple[int, bool], Settings] = {}
 
-    def _parameters(self) -> list[tuple[str, Tensor, dict[str, Any]]]:
-        return [
-            (canonical_name(name), p, group)
-            for group in self.param_groups
-            for name, p in zip(group["param_names"], group["params"], strict=True)
-        ]
+    def parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """(canonical name, parameter)."""
+        return zip(map(canonical_name, self.group["param_names"]), self.group["params"], strict=True)
+
+    def settings(self, step: int, reopen: bool) -> Settings:
+        """The settings of a merge; made once for all parameters that have taken as many steps."""
+        made = self._made.get((step, reopen))
+        if made is None:
+            made = self._made[step, reopen] = Settings(
+                merge=not self.skips,
+                weights=self._weights,
+                rate=self.group["reserve_rate"],
+                step=step,
+                reopen=reopen,
+            )
+        return made
+
+
+@lru_cache(maxsize=64)
+def _has_master(rounding: Rounding, dtype: torch.dtype) -> bool:
+    """Whether the wrapped optimizer is shown something wider than a parameter of this dtype."""
+    return resolve_rounding(rounding, dtype) != "nearest" or update_dtype(dtype) != dtype

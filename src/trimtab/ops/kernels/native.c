@@ -2,6 +2,7 @@
  *
  * Compiled at first use (build.py), called through ctypes (native.py). The calling threads take items of work from a
  * counter; nobody waits for anybody here. The numbers are those of ops/kernels/torch_engine.py, bit for bit. */
+#include "native/copy.h"
 #include "native/select.h"
 
 static int64_t chunks_of(const Job *job) { return (job->entries + CHUNK - 1) / CHUNK; }
@@ -157,9 +158,24 @@ void trimtab_work(Plan *plan) {
     free(own.delta);
 }
 
+/* Count the pieces of the copies; returns their number. */
+int64_t trimtab_copy_begin(Copies *all) {
+    int64_t items = 0;
+    for (int64_t i = 0; i < all->count; i++) all->ends[i] = items += (all->bytes[i] + PIECE - 1) / PIECE;
+    all->next = 0;
+    return items;
+}
+
+/* Copy pieces until none is left. Any number of threads may be in here at once. */
+void trimtab_copy(Copies *all) {
+    const int64_t items = all->count ? all->ends[all->count - 1] : 0;
+    int64_t item, i = 0;
+    while ((item = __atomic_fetch_add(&all->next, 1, __ATOMIC_RELAXED)) < items) copy_item(all, item, &i);
+}
+
 /* What this build is: sizes for native.py to check, and what it can. */
 int64_t trimtab_size(int64_t of) {
-    return of == 0 ? (int64_t)sizeof(Job) : of == 1 ? (int64_t)sizeof(Settings) : of == 2 ? (int64_t)sizeof(Plan) : TRIMTAB_HALF;
+    return of == 0 ? (int64_t)sizeof(Job) : of == 1 ? (int64_t)sizeof(Settings) : of == 2 ? (int64_t)sizeof(Plan) : of == 3 ? (int64_t)sizeof(Copies) : TRIMTAB_HALF;
 }
 
 const char *trimtab_vectors(void) { return VEC_NAME; }

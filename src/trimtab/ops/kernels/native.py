@@ -337,7 +337,41 @@ def _name(dtype: Any) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+# -- copies
+
+
+def copy_all(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Copy contiguous CPU tensors into others of the same size, past the caches.
+
+    Args:
+        pairs: (to, from) each.
+    """
+    found, why = _loaded()
+    if found is None:
+        raise RuntimeError(why)
+    fields = _fields()["Copies"]
+    to = array("q", [one.data_ptr() for one, _ in pairs])
+    given = array("q", [one.data_ptr() for _, one in pairs])
+    sizes = array("q", [one.numel() * one.itemsize for _, one in pairs])
+    ends = array("q", bytes(8 * len(pairs)))
+    plan = array("q", bytes(8 * len(fields)))
+    for name, words in (("to", to), ("from", given), ("bytes", sizes), ("ends", ends)):
+        plan[fields[name]] = words.buffer_info()[0]
+    plan[fields["count"]] = len(pairs)
+    address = plan.buffer_info()[0]
+    pieces = found.trimtab_copy_begin(address)
+    _together(found.trimtab_copy, address, min(pieces, torch.get_num_threads()))
+
+
 # -- threads
+
+
+def _together(work: Any, address: int, threads: int) -> None:
+    """Let so many threads, this one included, work on a plan until nothing of it is left."""
+    others = [_pool().submit(work, address) for _ in range(threads - 1)]
+    work(address)
+    for other in others:
+        other.result()
 
 
 def _work(found: ctypes.CDLL, plan: array[int]) -> None:
@@ -347,10 +381,7 @@ def _work(found: ctypes.CDLL, plan: array[int]) -> None:
         items = found.trimtab_begin(address)
         while items > 0:
             worth = min(items, torch.get_num_threads(), 1 + plan[fields["entries"]] // _PER_THREAD)
-            others = [_pool().submit(found.trimtab_work, address) for _ in range(worth - 1)]
-            found.trimtab_work(address)
-            for other in others:
-                other.result()
+            _together(found.trimtab_work, address, worth)
             items = found.trimtab_continue(address)
     finally:
         found.trimtab_end(address)
@@ -384,6 +415,18 @@ _SETTINGS, _GRAD, _UPDATE, _ANCHOR = (_ROW[name] for name in ("settings", "grad"
 _ANCHOR_DECAY = _ROW["anchor_decay"]
 
 
+_FUNCTIONS = {
+    "trimtab_begin": ctypes.c_int64,
+    "trimtab_continue": ctypes.c_int64,
+    "trimtab_work": None,
+    "trimtab_end": None,
+    "trimtab_copy_begin": ctypes.c_int64,
+    "trimtab_copy": None,
+    "trimtab_size": ctypes.c_int64,
+}
+"""What the library offers, with what it returns."""
+
+
 @cache
 def _loaded() -> tuple[ctypes.CDLL | None, str | None]:
     """The library, or why there is none."""
@@ -393,12 +436,12 @@ def _loaded() -> tuple[ctypes.CDLL | None, str | None]:
         return None, str(error)
     except OSError as error:
         return None, f"the compiled CPU kernels cannot be loaded ({error})"
-    for name in ("trimtab_begin", "trimtab_continue", "trimtab_work", "trimtab_end", "trimtab_size"):
+    for name, result in _FUNCTIONS.items():
         function = getattr(found, name)
         function.argtypes = [ctypes.c_int64 if name == "trimtab_size" else ctypes.c_void_p]
-        function.restype = None if name in ("trimtab_work", "trimtab_end") else ctypes.c_int64
-    sizes = [8 * len(_fields()[name]) for name in ("Job", "Settings", "Plan")]
-    if sizes != [found.trimtab_size(i) for i in range(3)]:
+        function.restype = result
+    sizes = [8 * len(_fields()[name]) for name in ("Job", "Settings", "Plan", "Copies")]
+    if sizes != [found.trimtab_size(i) for i in range(4)]:
         return None, "the compiled CPU kernels lay out their structs in an unexpected way"
     if what := _disagreement(NativeEngine(found)):
         return None, f"the compiled CPU kernels do not round as this torch does ({what} differ)"
@@ -451,7 +494,7 @@ def _same_bits(one: Tensor, other: Tensor) -> bool:
 @cache
 def _has_half() -> bool:
     found, _ = _loaded()
-    return found is not None and bool(found.trimtab_size(3))
+    return found is not None and bool(found.trimtab_size(4))
 
 
 def _defines() -> list[str]:

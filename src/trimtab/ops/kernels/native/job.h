@@ -104,4 +104,14 @@ typedef struct {
     int64_t failed; /* out of memory */
 } Plan;
 
+/* One call's copies. */
+typedef struct {
+    void **to;
+    void **from;
+    int64_t *bytes;
+    int64_t *ends; /* pieces of the copies up to and including each */
+    int64_t count;
+    int64_t next; /* the first piece that nobody has taken */
+} Copies;
+
 #endif

@@ -34,6 +34,9 @@ INLINE void vf_store(float *p, vf x, int k) {
     else
         _mm512_mask_storeu_ps(p, first_lanes(k), x);
 }
+#define HAS_STREAM 1
+INLINE void vf_stream(float *p, vf x) { _mm512_stream_ps(p, x); } /* past the caches */
+INLINE void stream_end(void) { _mm_sfence(); }
 INLINE vu vu_load(const uint32_t *p, int k) {
     return k == W ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi32(first_lanes(k), p);
 }
@@ -89,6 +92,7 @@ INLINE void vu_pack(uint32_t *p, vm m, vu x) { _mm512_storeu_si512(p, _mm512_mas
 #else
 
 #define VEC_NAME "vectors of the compiler"
+#define HAS_STREAM 0
 #define HAS_RSQRT14 0
 #define PACKS_FAST 0
 
