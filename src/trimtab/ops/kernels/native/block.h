@@ -124,18 +124,9 @@ INLINE void prefetch_lanes(const Block *b, const int flags, int i) {
 INLINE void step_loop(const Block *shared, const int flags) {
     const Block own = *shared, *b = &own; /* a copy that no store can reach: its fields stay in registers */
     vu index = vu_add(vu_lanes(), vu_set(b->base));
-    const int half = b->direct ? b->n / (2 * W) * W : 0;
     int i = 0;
-    for (; i < half; i += W) { /* two places in turn: memory answers them side by side */
-        prefetch_lanes(b, flags, i);
-        prefetch_lanes(b, flags, i + half);
-        step_lanes(b, flags, index, i, W);
-        step_lanes(b, flags, vu_add(index, vu_set((uint32_t)half)), i + half, W);
-        index = vu_add(index, vu_set(W));
-    }
-    i += half;
-    index = vu_add(index, vu_set((uint32_t)half));
     for (; i + W <= b->n; i += W) {
+        if (b->direct) prefetch_lanes(b, flags, i);
         step_lanes(b, flags, index, i, W);
         index = vu_add(index, vu_set(W));
     }
