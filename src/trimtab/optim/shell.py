@@ -155,7 +155,7 @@ class MergingShell(Optimizer):
         # A group may stay due for ever: one that never merges. Others must not be measured in its stead.
         if due and any(self._meter.wants(slot.group) for slot in merging):
             sums = torch.zeros(len(slots), len(SUMS), dtype=torch.float64, device="cpu")
-        if any(self.merging.streams(slot.job) for slot in merging):
+        if self.merging.delta_device == "host" and any(self.merging.streams(slot.job) for slot in merging):
             self._run_one_by_one(slots, sums)
         else:
             self._runner.run(slots, sums=sums)

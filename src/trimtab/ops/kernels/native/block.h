@@ -29,6 +29,7 @@ enum {
 };
 
 #define OF_DELTA (FROM_GRAD | FROM_MOMENTS | FROM_UPDATE | ANCHORED | MAXIMIZES | LERPS_FAR) /* what Δ depends on */
+#define PLACES 4  /* of a chunk of few arrays, that are worked on in turn */
 #define AHEAD 512 /* entries: distance of prefetching */
 
 typedef struct {
@@ -125,6 +126,17 @@ INLINE void step_loop(const Block *shared, const int flags) {
     const Block own = *shared, *b = &own; /* a copy that no store can reach: its fields stay in registers */
     vu index = vu_add(vu_lanes(), vu_set(b->base));
     int i = 0;
+    if (flags & ANCHORED && b->direct) { /* few arrays: places in turn, which memory answers side by side */
+        const int part = b->n / (PLACES * W) * W;
+        for (; i < part; i += W) {
+            for (int k = 0; k < PLACES * part; k += part) {
+                prefetch_lanes(b, flags, i + k);
+                step_lanes(b, flags, vu_add(index, vu_set((uint32_t)(i + k))), i + k, W);
+            }
+        }
+        i = PLACES * part;
+        index = vu_add(index, vu_set((uint32_t)i));
+    }
     for (; i + W <= b->n; i += W) {
         if (b->direct) prefetch_lanes(b, flags, i);
         step_lanes(b, flags, index, i, W);

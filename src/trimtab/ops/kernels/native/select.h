@@ -125,6 +125,10 @@ static void take_sample(const Job *job, int flags, uint32_t *sample, int size) {
         at[i] = (from + (int64_t)((spread >> 32) * (uint64_t)(to - from) >> 32)) * W;
     }
     for (int i = 0; i < size; i++) {
+        if (flags & FROM_UPDATE) {
+            vu_store(sample + i * W, magnitude(vf_load(job->update + at[i], W)));
+            continue;
+        }
         if (i + SOON < size && is_direct(job) && flags & FROM_GRAD) {
             __builtin_prefetch((const float *)job->first + at[i + SOON]);
             __builtin_prefetch((const float *)job->second + at[i + SOON]);
@@ -133,7 +137,7 @@ static void take_sample(const Job *job, int flags, uint32_t *sample, int size) {
         Found all = {.high = LARGEST, .bits = sample + i * W, .where = where};
         w.at = w.global = at[i];
         load_block(&b, job, &w, flags, &own);
-        if (!(flags & FROM_UPDATE)) b.update = 0;
+        b.update = 0;
         survey_block(&b, flags, 0, &all, 0);
     }
 }
