@@ -423,12 +423,12 @@ def time_shapes(repeat: int) -> dict[str, float]:
     return found
 
 
-def main() -> int:
+def main(given: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="*", choices=MODELS, default=list(MODELS))
     parser.add_argument("--repeat", type=int, default=20, help="steps between two readings of the clock")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/gpu_step.json"))
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(given)
     if not torch.cuda.is_available():
         print(
             "gpu_step.py needs a CUDA GPU, and torch finds none here; run it on a machine that has one",

@@ -34,6 +34,7 @@ from trimtab import OnDARE, OnlineMerging, OnTIES
 RESULTS = Path(__file__).parent / "results"
 PICTURE = Path(__file__).parents[1] / "docs" / "assets" / "step-scaling.png"
 SMALL = 1_000_000
+TABLES = ("cpu", "fallback", "small", "threads", "memory", "gpu")
 
 
 class SyntheticDelta:
@@ -278,7 +279,7 @@ def cpu_tables(wanted: set[str], layers: int, repeat: int, largest: int, picture
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tables", default="cpu,fallback,small,threads", help="see the top of the file")
+    parser.add_argument("--tables", default=",".join(TABLES), help="see the top of the file")
     parser.add_argument("--layers", type=int, default=30, help="30 is the 135M model")
     parser.add_argument("--repeat", type=int, default=9)
     parser.add_argument("--largest", type=int, default=2**30, help="of the scaling; a billion takes 21 GB")
@@ -301,6 +302,7 @@ def main() -> None:
 
         memory = delta_storage.memory_table(arguments.layers, 3)
         delta_storage.print_memory(memory)
+        result["memory"] = memory
     if "gpu" in wanted:
         import gpu_step
 

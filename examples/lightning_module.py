@@ -1,6 +1,6 @@
 """PyTorch Lightning: automatic optimization, which calls ``step`` with a closure, and manual optimization.
 
-Needs ``pip install lightning``, which trimtab does not bring.
+Needs Lightning: ``pip install 'trimtab[lightning]'``.
 
 Run it with: python examples/lightning_module.py
 """

@@ -13,15 +13,13 @@ import torch
 from torch import Tensor
 
 from trimtab.ops import bits
+from trimtab.ops.exact_sum import exact_l1
 from trimtab.ops.layout import Layout
 from trimtab.ops.masks import MaskKey, Place, bernoulli_bits
 
 Sparsifier = Literal["none", "bernoulli", "top"]
 Rescale = Literal["none", "expected", "l1"]
 Counting = Literal["ceil", "floor"]
-
-# Entries per float64 partial sum of the L1 norm: fixed, so that the sum does not depend on the layout.
-_BLOCK = 4096
 
 
 def top_count(n: int, p: float, counting: Counting = "ceil") -> int:
@@ -222,15 +220,8 @@ def l1_factor(x: Tensor, kept: Tensor) -> float:
 
 
 def l1_norm(x: Tensor) -> float:
-    """Σ|x| in float64, summed in fixed blocks of 4,096 entries by row-major index, then exactly over
-    blocks.
-    """
-    flat = x.reshape(-1)
-    whole = flat.numel() // _BLOCK * _BLOCK
-    sums = flat[:whole].view(-1, _BLOCK).abs().sum(dim=1, dtype=torch.float64).tolist()
-    if whole < flat.numel():
-        sums.append(float(flat[whole:].abs().sum(dtype=torch.float64)))
-    return math.fsum(sums) if all(map(math.isfinite, sums)) else math.nan
+    """Σ|x|, rounded once to float64; NaN where an entry is not finite."""
+    return exact_l1([x])[0]
 
 
 def magnitude_bits(flat: Tensor) -> Tensor:
