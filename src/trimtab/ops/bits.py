@@ -6,6 +6,8 @@ five times as much as its integer arithmetic, and ``torch.where`` forty times.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -17,6 +19,12 @@ _PATTERNS = {
     torch.bfloat16: (torch.int16, 16, 0x7F80),
     torch.float16: (torch.int16, 16, 0x7C00),
 }
+
+
+@lru_cache(maxsize=256)
+def constant(value: int) -> Tensor:
+    """A constant as an operand of int32 arithmetic: a Python number is converted anew in every operation."""
+    return torch.tensor(value, dtype=torch.int32, device="cpu")
 
 
 def as_bits(x: Tensor) -> Tensor:

@@ -83,8 +83,7 @@ class MaskKey:
 
     def words(self, high: int = 0) -> tuple[int, int, int, int]:
         """The four 32-bit keys for the indices whose bits above the 32nd are ``high``."""
-        one, other = (_finalized(lane + self.step * _STEP) for lane in self.lanes(high))
-        return one & _LOW, one >> 32, other & _LOW, other >> 32
+        return _words(self.seed, self.stream // 2, high, self._canonical, self.step)
 
 
 @lru_cache(maxsize=1 << 16)
@@ -92,6 +91,12 @@ def _lanes(seed: int, pair: int, high: int, canonical: str) -> tuple[int, int]:
     message = struct.pack("<QQQ", seed, pair, high) + canonical.encode()
     digest = hashlib.blake2b(message, digest_size=16, person=b"trimtab mask").digest()
     return struct.unpack("<2Q", digest)
+
+
+@lru_cache(maxsize=1 << 12)
+def _words(seed: int, pair: int, high: int, canonical: str, step: int) -> tuple[int, int, int, int]:
+    one, other = (_finalized(lane + step * _STEP) for lane in _lanes(seed, pair, high, canonical))
+    return one & _LOW, one >> 32, other & _LOW, other >> 32
 
 
 def _finalized(x: int) -> int:
@@ -118,12 +123,12 @@ def hash32(index: Tensor, key0: int, key1: int) -> Tensor:
 
 def _scrambled(x: Tensor, key1: int) -> Tensor:
     """The hash after its first key was added; x is written to."""
-    y = torch.empty_like(x)
-    x.bitwise_xor_(torch.bitwise_right_shift(x, 16, out=y).bitwise_and_(0xFFFF))
-    x.mul_(_MULTIPLIER_1)
-    x.bitwise_xor_(torch.bitwise_right_shift(x, 15, out=y).bitwise_and_(0x1FFFF)).bitwise_xor_(_signed(key1))
-    x.mul_(_signed(_MULTIPLIER_2))
-    return x.bitwise_xor_(torch.bitwise_right_shift(x, 16, out=y).bitwise_and_(0xFFFF))
+    y, constant = torch.empty_like(x), bits.constant
+    x.bitwise_xor_(torch.bitwise_right_shift(x, constant(16), out=y).bitwise_and_(constant(0xFFFF)))
+    x.mul_(constant(_MULTIPLIER_1))
+    x.bitwise_xor_(torch.bitwise_right_shift(x, constant(15), out=y).bitwise_and_(constant(0x1FFFF)))
+    x.bitwise_xor_(_signed(key1)).mul_(constant(_signed(_MULTIPLIER_2)))
+    return x.bitwise_xor_(torch.bitwise_right_shift(x, constant(16), out=y).bitwise_and_(constant(0xFFFF)))
 
 
 class Place(NamedTuple):
@@ -243,10 +248,12 @@ def bernoulli_bits(
 def _kept(words: Tensor, threshold: int, stream: int, fine: tuple[int | Tensor, int, int]) -> Tensor:
     """−1 where U < threshold, given the coarse words; ``fine`` says how to draw those of the rest."""
     cell, rest = threshold >> 16, threshold & 0xFFFF
-    kept = bits.less(_half(words, stream), cell + (rest > 0))
-    if rest:
-        # Exactly the boundary cell has changed sides between the bounds cell and cell + 1.
-        boundary = bits.places(_half(words, stream), cell)
+    half = _half(words, stream)
+    if not rest:
+        return bits.less(half, cell)
+    boundary = bits.places(half.sub_(cell), 0)
+    kept = bits.less(half, 1)
+    if boundary.numel():
         index, k2, k3 = fine
         at = index[boundary] if isinstance(index, Tensor) else (boundary + index).to(torch.int32)
         drawn = hash32(at, k2, k3)
@@ -255,7 +262,8 @@ def _kept(words: Tensor, threshold: int, stream: int, fine: tuple[int | Tensor, 
 
 
 def _half(word: Tensor, stream: int) -> Tensor:
-    return word.bitwise_and(0xFFFF) if stream % 2 else (word >> 16).bitwise_and_(0xFFFF)
+    low = bits.constant(0xFFFF)
+    return word.bitwise_and(low) if stream % 2 else (word >> bits.constant(16)).bitwise_and_(low)
 
 
 def _chunks(

@@ -51,7 +51,7 @@ class OnlineMerging(MergingShell):
     this one's where a step may raise: it gives parameters below fp32 back even then.) Groups,
     state and ``state_dict`` are the wrapped optimizer's own, with a few entries more. For parameters below
     fp32 the wrapped optimizer is shown fp32 masters and gradients during its step; since a closure would then
-    run the model on them, it is evaluated before.
+    run the model on them, it is evaluated before (LBFGS asks for it again and again, and does so on them).
 
     Args:
         optimizer: any torch optimizer built from named parameters.

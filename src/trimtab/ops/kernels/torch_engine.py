@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from torch import Tensor
 from trimtab.ops import moments
 from trimtab.ops.combine import Operator
 from trimtab.ops.consensus import agreeing_terms, consensus
-from trimtab.ops.kernels.job import Job, Settings, Stored
+from trimtab.ops.kernels.job import Job, Stored
 from trimtab.ops.kernels.sums import measure
 from trimtab.ops.masks import DELTA, ROUNDING, UPDATE, MaskKey, Place, uniform_u32
 from trimtab.ops.rounding import join_master, split_master, stochastic_round
@@ -23,7 +24,7 @@ from trimtab.ops.sparsify import Thinning, l1_factor, thin, top_cut
 
 # Entries worked on at a time: a multiple of every format's block. On an accelerator launches cost more than
 # temporaries.
-CHUNK = {"cpu": 1 << 16}
+CHUNK = {"cpu": 1 << 17}
 _ELSEWHERE = 1 << 26
 
 
@@ -71,19 +72,30 @@ class TorchEngine:
             base, update = parts.base_and_update(low, high)
             tau = job.tau.dense(low, high).to(update)  # type: ignore[union-attr]
             kept = thin([update, tau], how, place)
-            if sums is None:
-                bracket = consensus(kept, settings.weights, operator.consensus)
-            else:
+            if sums is not None:
                 terms = agreeing_terms(kept, settings.weights, operator.consensus)
                 bracket = terms[0] + terms[1]
                 sums += measure(base, update, kept[0], kept[1], terms, parts.kept_dtype).to(sums.device)
-            master = base + bracket
+            elif operator.consensus == "linear":
+                bracket = _sum_in_place([update, tau], kept, settings.weights)
+            else:
+                bracket = consensus(kept, settings.weights, operator.consensus)
+            master = base + bracket if job.anchor is not None else base.add_(bracket)
             if settings.decay_after and settings.decay != 1:
                 master.mul_(settings.decay)
             parts.store(low, high, master)
         parts.close()
         if passing:
             job.update = None
+
+
+def _sum_in_place(given: Sequence[Tensor], kept: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """The linear :func:`consensus`, in the memory of what F has made."""
+    terms = [
+        term * weight if term is x else term.mul_(weight)
+        for x, term, weight in zip(given, kept, weights, strict=True)
+    ]
+    return terms[0].add_(terms[1])
 
 
 def _plain(job: Job) -> None:
@@ -215,7 +227,7 @@ class _Parts:
             target.addcdiv_(first, denominator, value=-size)
         else:
             target.add_(torch.zeros_like(first).addcdiv_(first, denominator, value=-size))
-        place, keys = Place(self.job.layout, low), self._moment_keys(settings)
+        place, keys = Place(self.job.layout, low), self._moment_keys
         moments.write(self.first, low, high, first, keys[0], place)
         moments.write(self.second, low, high, second, keys[1], place)
 
@@ -243,8 +255,9 @@ class _Parts:
             self._copied.append((tensor.detach(), copy))
         return copy
 
-    def _moment_keys(self, settings: Settings) -> tuple[MaskKey, MaskKey]:
-        return moments.keys(self.job.seed, settings.step, self.job.name)
+    @cached_property
+    def _moment_keys(self) -> tuple[MaskKey, MaskKey]:
+        return moments.keys(self.job.seed, self.job.settings.step, self.job.name)
 
 
 def update_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -291,5 +304,5 @@ def write_master(
     elif stored == "stochastic":
         random = uniform_u32(master.shape, key, place=place, device=master.device)
         param.copy_(stochastic_round(master, param.dtype, random))
-    elif master is not param:
+    elif master.data_ptr() != param.data_ptr() or master.dtype != param.dtype:
         param.copy_(master)
