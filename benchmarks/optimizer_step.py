@@ -19,6 +19,7 @@ numbers in every step, as in training (constant ones would make all of Adam's up
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import platform
 import statistics
@@ -219,6 +220,7 @@ def scaling(repeat: int, largest: int) -> dict[str, Any]:
 
 
 def alone(make: Make, shapes: dict[str, tuple[int, ...]], repeat: int) -> float:
+    gc.collect()  # the last one's optimizer, which hooks hold in cycles
     ps = parameters(shapes)
     count = sum(p.numel() for p in ps.values())
     changing = Gradients(ps) if count < 2**29 else None  # at a billion there is no room for a pool

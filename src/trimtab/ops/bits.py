@@ -33,17 +33,17 @@ def as_bits(x: Tensor) -> Tensor:
 
 
 def selected(x: Tensor, keep: Tensor) -> Tensor:
-    """``x`` where ``keep`` is −1 and exactly +0 where it is 0.
+    """``x`` where ``keep`` is −1, exactly +0 where it is 0; in the memory of ``keep`` if that has x's size.
 
     Args:
         x: floating tensor.
-        keep: integers of x's size, all bits set or none.
+        keep: integers, all bits set or none.
 
     Examples:
         >>> selected(torch.tensor([1.5, float("nan")]), torch.tensor([-1, 0], dtype=torch.int32)).tolist()
         [1.5, 0.0]
     """
-    return as_bits(x).bitwise_and(keep).view(x.dtype)
+    return keep.to(_pattern(x)[0]).bitwise_and_(as_bits(x)).view(x.dtype)
 
 
 def less(x: Tensor, bound: int) -> Tensor:

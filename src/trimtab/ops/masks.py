@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -232,12 +233,14 @@ def bernoulli_bits(
     whole = len(chunks) == 1 or [torch.empty(n, dtype=torch.int32, device=device) for _ in keys]
     for at, index, count, high in chunks:
         drawn: dict[tuple[int, int], Tensor] = {}
-        parts = []
-        for p, key in zip(rates, keys, strict=True):
-            k0, k1, k2, k3 = key.words(high)
+        parts, words = [], [key.words(high) for key in keys]
+        uses = Counter((k0, k1) for k0, k1, _, _ in words)
+        for p, key, (k0, k1, k2, k3) in zip(rates, keys, words, strict=True):
             if (k0, k1) not in drawn:
                 drawn[k0, k1] = _hashed_range(index, count, k0, k1, device)
-            parts.append(_kept(drawn[k0, k1], round(p * (1 << 32)), key.stream, (index, k2, k3)))
+            uses[k0, k1] -= 1
+            half = _half(drawn[k0, k1], key.stream, in_place=uses[k0, k1] == 0)
+            parts.append(_kept(half, round(p * (1 << 32)), key.stream, (index, k2, k3)))
         if whole is True:
             return parts
         for mask, part in zip(whole, parts, strict=True):
@@ -245,10 +248,10 @@ def bernoulli_bits(
     return [torch.empty(0, dtype=torch.int32, device=device) for _ in keys] if whole is True else whole
 
 
-def _kept(words: Tensor, threshold: int, stream: int, fine: tuple[int | Tensor, int, int]) -> Tensor:
-    """−1 where U < threshold, given the coarse words; ``fine`` says how to draw those of the rest."""
+def _kept(half: Tensor, threshold: int, stream: int, fine: tuple[int | Tensor, int, int]) -> Tensor:
+    """−1 where U < threshold, in the memory of U's upper half; ``fine`` says how to draw the lower one."""
     cell, rest = threshold >> 16, threshold & 0xFFFF
-    half = _half(words, stream)
+    # Exactly the boundary cell has changed sides between the bounds cell and cell + 1.
     if not rest:
         return bits.less(half, cell)
     boundary = bits.places(half.sub_(cell), 0)
@@ -261,9 +264,13 @@ def _kept(words: Tensor, threshold: int, stream: int, fine: tuple[int | Tensor, 
     return kept
 
 
-def _half(word: Tensor, stream: int) -> Tensor:
+def _half(word: Tensor, stream: int, *, in_place: bool = False) -> Tensor:
+    """The stream's 16 bits of each word."""
+    half = word if in_place else torch.empty_like(word)
     low = bits.constant(0xFFFF)
-    return word.bitwise_and(low) if stream % 2 else (word >> bits.constant(16)).bitwise_and_(low)
+    if stream % 2:
+        return torch.bitwise_and(word, low, out=half)
+    return torch.bitwise_right_shift(word, bits.constant(16), out=half).bitwise_and_(low)
 
 
 def _chunks(

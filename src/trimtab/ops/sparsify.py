@@ -207,7 +207,7 @@ def thin(xs: Sequence[Tensor], how: Sequence[Thinning], place: Place | None = No
     for i, (x, one) in enumerate(zip(xs, how, strict=True)):
         if one.cut is not None:
             masks[i] = kept_by(one.cut, x, place)
-        kept = bits.selected(x, masks[i].to(bits.as_bits(x).dtype)) if i in masks else x
+        kept = bits.selected(x, masks[i]) if i in masks else x
         result.append(kept if one.factor == 1 else kept * one.factor)
     return result
 
