@@ -296,7 +296,7 @@ def main() -> None:
         "parameters": sum(torch.Size(shape).numel() for shape in llama_shapes(arguments.layers).values()),
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
     }
     result |= cpu_tables(wanted, arguments.layers, arguments.repeat, arguments.largest, arguments.picture)
     if "memory" in wanted:
