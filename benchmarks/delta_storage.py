@@ -507,13 +507,24 @@ def print_memory(rows: dict[str, Any]) -> None:
         print(f"{name:54}{cells}{row['peak_to_adamw']:9.1%} {row['time_to_adamw']:7.2f}  {row['engine']}")
 
 
+def runnable() -> dict[str, tuple[Make, torch.dtype]]:
+    """The contenders that this installation can run."""
+    try:
+        moments.check_state_dtype("int8")
+    except ValueError as error:
+        print(f"without 8-bit moments: {error}")
+        return {name: row for name, row in contenders().items() if "moments int8" not in name}
+    return contenders()
+
+
 def memory_table(layers: int, repeat: int) -> dict[str, Any]:
     rows: dict[str, Any] = {}
+    made = runnable()
     return_freed_memory(above=1 << 16)
-    for name, (make, dtype) in contenders().items():
+    for name, (make, dtype) in made.items():
         rows[name] = {k: round(v, 4) for k, v in bytes_per_parameter(make, layers, dtype).items()}
     return_freed_memory(above=1 << 25)  # what the C library would come to by itself
-    for name, (make, dtype) in contenders().items():
+    for name, (make, dtype) in made.items():
         ratio, rows[name]["engine"] = step_ratio(make, layers, dtype, repeat)
         rows[name]["time_to_adamw"] = round(ratio, 2)
     plain = rows["AdamW, fused"]["peak"]

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 ENOUGH, LEAST = 1 << 24, 1 << 16
-"""Bytes of all copies from which on they bypass the caches (which would forget them before anybody asks for
-them), and those of the smallest that does."""
+"""Bytes of the copies that bypass the caches: of all of them, at least (fewer would still be in the caches when
+they are asked for), and of each."""
 
 
 def copy_all(pairs: Sequence[tuple[Tensor, Tensor]], *, native: bool = True) -> None:
@@ -26,11 +26,12 @@ def copy_all(pairs: Sequence[tuple[Tensor, Tensor]], *, native: bool = True) -> 
         >>> x
         tensor([1., 1.])
     """
-    if native and sum(given.numel() * given.itemsize for _, given in pairs) >= ENOUGH:
+    large = [pair for pair in pairs if _bypasses(*pair)] if native else []
+    if sum(given.numel() * given.itemsize for _, given in large) >= ENOUGH:
         from trimtab.ops.kernels import native as kernels
 
         if kernels.available():
-            kernels.copy_all([pair for pair in pairs if _bypasses(*pair)])
+            kernels.copy_all(large)
             pairs = [pair for pair in pairs if not _bypasses(*pair)]
     if pairs:
         torch._foreach_copy_([to for to, _ in pairs], [given for _, given in pairs])
@@ -38,8 +39,8 @@ def copy_all(pairs: Sequence[tuple[Tensor, Tensor]], *, native: bool = True) -> 
 
 def _bypasses(to: Tensor, given: Tensor) -> bool:
     return (
-        given.numel() * given.itemsize >= LEAST
-        and given.device.type == "cpu"
+        given.device.type == "cpu"
+        and given.numel() * given.itemsize >= LEAST
         and to.is_contiguous()
         and given.is_contiguous()
     )
