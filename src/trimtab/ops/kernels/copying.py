@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 ENOUGH, LEAST = 1 << 24, 1 << 16
-"""Bytes of the copies that bypass the caches: of all of them, at least (fewer would still be in the caches when
-they are asked for), and of each."""
+"""Bytes of the copies that bypass the caches: of all of them, at least (fewer would still be in the caches
+when they are asked for), and of each."""
 
 
 def copy_all(pairs: Sequence[tuple[Tensor, Tensor]], *, native: bool = True) -> None:
