@@ -50,6 +50,8 @@ def locate(
     Raises:
         UserError: neither a folder nor a model that can be had from the hub.
     """
+    if "\0" in str(source):
+        raise UserError(f"{str(source)!r} holds a null character, so it is neither a folder nor a hub id")
     folder = Path(source).expanduser()
     if folder.is_dir():
         if revision is not None:

@@ -63,6 +63,8 @@ def as_text(value: Any) -> str:
     """Return ``value`` when it is text with something in it."""
     if not isinstance(value, str) or not value.strip():
         raise _refused("must be text", value)
+    if "\0" in value:  # no path can hold one, and no name does
+        raise _refused("must be text without null characters", value)
     return value
 
 

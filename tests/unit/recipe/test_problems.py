@@ -64,6 +64,7 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
     ("count of 0", DPO, {"optimizer.merge_every": 0}, "optimizer.merge_every must be at least 1, not 0"),
     ("text for a flag", DPO, {"data.streaming": "no"}, "data.streaming must be true or false, not 'no'"),
     ("number for a path", DPO, {"base": 5}, "base must be text, not 5"),
+    ("null character", DPO, {"delta": "a\0b"}, "delta must be text without null characters, not 'a\\x00b'"),
     ("near word", DPO, {"loss.type": "sigmoyd"}, "loss.type 'sigmoyd' is not known; did you mean 'sigmoid'?"),
     ("far word", DPO, {"data.overlong": "zzz"}, "data.overlong must be 'drop' or 'truncate', not 'zzz'"),
     ("text for a section", DPO, {"optimizer": "ondare"}, "optimizer must be a mapping, not 'ondare'"),
