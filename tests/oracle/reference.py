@@ -53,6 +53,11 @@ def released_top_count(n: int, p: float) -> int:
     return k if k > 0 else n
 
 
+def mergekit_top_count(n: int, p: float) -> int:
+    """mergekit's count: int(p n), and at least one entry."""
+    return min(n, max(1, int(p * n)))
+
+
 def top_mask(x: Any, k: int) -> list[bool]:
     """Keep the ``k`` largest magnitudes; NaN ranks above infinity; of equals the lower index wins."""
     values = flat(x)

@@ -22,7 +22,7 @@ METHODS = {
     ("ondare", "released"): oracle.RELEASED["ondare"],
     ("onties", "released"): oracle.RELEASED["onties"],
     ("ondare", "mergekit"): oracle.Method("bernoulli", "linear", rescale="l1"),
-    ("onties", "mergekit"): oracle.Method("top", "sign", count=oracle.released_top_count),
+    ("onties", "mergekit"): oracle.Method("top", "sign", count=oracle.mergekit_top_count),
 }
 SHAPES = [(), (1,), (0,), (0, 3), (7,), (4, 5), (2, 3, 2), (33,)]
 FP64 = 1e-12  # of max(1, |theta|), over all steps of a run

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from trimtab.ops.consensus import Consensus, agreeing_terms, consensus
+from trimtab.ops.consensus import CONSENSUS, Consensus, agreeing_terms, consensus
 from trimtab.ops.masks import MaskKey
-from trimtab.ops.sparsify import Counting, Rescale, Sparsifier, check_kind, thin, thinning
+from trimtab.ops.sparsify import COUNTINGS, Counting, Rescale, Sparsifier, check_kind, thin, thinning
 
 
 @dataclass(frozen=True)
@@ -32,10 +32,10 @@ class Operator:
 
     def __post_init__(self) -> None:
         check_kind(self.sparsify, self.rescale, 1.0)
-        if self.consensus not in ("linear", "sign", "sign_unweighted"):
-            raise ValueError(f"unknown consensus {self.consensus!r}; known: linear, sign, sign_unweighted")
-        if self.counting not in ("ceil", "floor"):
-            raise ValueError(f"unknown counting {self.counting!r}; known: ceil, floor")
+        if self.consensus not in CONSENSUS:
+            raise ValueError(f"unknown consensus {self.consensus!r}; known: {', '.join(CONSENSUS)}")
+        if self.counting not in COUNTINGS:
+            raise ValueError(f"unknown counting {self.counting!r}; known: {', '.join(COUNTINGS)}")
 
     def is_identity_on_first(self, weights: Sequence[float], reserve_rate: float) -> bool:
         """Whether the merge is skipped, with δ₁ as its result: weights (1, 0, …) and F the identity.

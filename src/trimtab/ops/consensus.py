@@ -10,7 +10,8 @@ from torch import Tensor
 
 from trimtab.ops import bits
 
-Consensus = Literal["linear", "sign", "sign_unweighted"]
+Consensus = Literal["linear", "sign", "sign_or_plus", "sign_unweighted"]
+CONSENSUS: tuple[Consensus, ...] = ("linear", "sign", "sign_or_plus", "sign_unweighted")
 
 
 def agreeing_terms(terms: Sequence[Tensor], weights: Sequence[float], kind: Consensus) -> list[Tensor]:
@@ -18,6 +19,7 @@ def agreeing_terms(terms: Sequence[Tensor], weights: Sequence[float], kind: Cons
 
     ``linear``: nothing is outvoted. ``sign`` (TIES elect and disjoint merge, arXiv 2306.01708 §3; arXiv
     2405.17931 Eq. 7): aᵢ stays where sign aᵢ = sign Σ aᵢ, and everything is 0 where the sum is 0.
+    ``sign_or_plus`` (mergekit): as ``sign``, but a sum of 0 counts as +.
     ``sign_unweighted`` (the released code of arXiv 2405.17931): the vote is sign Σ xᵢ, before weighting, and
     a sum of 0 counts as +. NaN propagates.
 
@@ -38,12 +40,12 @@ def agreeing_terms(terms: Sequence[Tensor], weights: Sequence[float], kind: Cons
         total = _sum(weighted)
         decided = bits.nonzero(total)
         keep = [bits.agreeing(a, total).bitwise_and_(decided) for a in weighted]
-    elif kind == "sign_unweighted":
+    elif kind in ("sign_or_plus", "sign_unweighted"):
         # A sum of 0 counts as +, −0 included, and no term of 0 has anything to lose.
-        total = _sum(terms) + 0.0
+        total = _sum(weighted if kind == "sign_or_plus" else terms) + 0.0
         keep = [bits.agreeing(a, total) for a in weighted]
     else:
-        raise ValueError(f"unknown consensus {kind!r}; known: linear, sign, sign_unweighted")
+        raise ValueError(f"unknown consensus {kind!r}; known: {', '.join(CONSENSUS)}")
     undecided = bits.nan(total)
     return [bits.selected(a, agrees.bitwise_or_(undecided)) for a, agrees in zip(weighted, keep, strict=True)]
 
@@ -58,7 +60,7 @@ def consensus(
         weights: one weight for each.
         kind: which entries of which terms count.
         normalize: divide by the sum of the weights that agree (offline TIES; all of them for ``linear``); 0
-            where none does.
+            where that sum is 0, but for ``sign_or_plus``, which does not divide there (mergekit).
 
     Returns:
         A tensor like the terms.
@@ -82,11 +84,15 @@ def consensus(
             for part, w in zip(parts, weights, strict=True)
         ]
     )
-    return torch.where(votes == 0, torch.zeros_like(total), total / votes)
+    undivided = total if kind == "sign_or_plus" else torch.zeros_like(total)
+    return torch.where(votes == 0, undivided, total / votes)
 
 
 def _sum(parts: Sequence[Tensor]) -> Tensor:
+    """The parts' sum from left to right; of 16-bit parts formed in fp32 and rounded once, as torch.sum does."""
     total = parts[0]
+    if len(parts) > 2 and total.dtype in (torch.bfloat16, torch.float16):
+        total = total.to(torch.float32)
     for part in parts[1:]:
         total = total + part
-    return total
+    return total.to(parts[0].dtype)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from trimtab.ops.combine import Operator
+from trimtab.ops.sparsify import Rescale
 
 Fidelity = Literal["paper", "released", "mergekit"]
 Method = Literal["ondare", "onties"]
@@ -69,9 +70,80 @@ PRESETS: dict[tuple[Method, Fidelity], Preset] = {
     # Without mergekit's `normalize`: divided by its own weight α wherever Δ does not agree, τ would enter
     # whole at each step.
     ("onties", "mergekit"): Preset(
-        Operator("top", "none", "sign", counting="floor"),
+        Operator("top", "none", "sign", counting="truncate"),
         redraw=True,
-        source="mergekit's ties without normalize; k = int(p·n)",
+        source="mergekit's ties without normalize; k = max(1, int(p·n))",
     ),
 }
 FIDELITIES: tuple[Fidelity, ...] = ("paper", "released", "mergekit")
+
+MergeMethod = Literal["linear", "task_arithmetic", "ties", "dare_linear", "dare_ties", "slerp", "hma"]
+MergeFidelity = Literal["paper", "mergekit"]
+
+
+@dataclass(frozen=True)
+class MergePreset:
+    """One row of the offline methods: anchor + λ·⊕_w(F(δ₁), F(δ₂), …), or the weighted sum of the models.
+
+    Args:
+        operator: F and ⊕; None for ``slerp``, which is neither.
+        anchored: whether the terms are deltas to a base, and the result is added to it. Else the terms are
+            the models.
+        rescaled: what ``rescale: true`` means.
+        source: where the row comes from.
+        stored: whether the arithmetic is in the dtype that the models are read in, each operation rounded
+            to it. Else it is in fp32 (fp64 where a model is), and the result is rounded once.
+        scope: over what ``top`` ranks the entries: each tensor on its own, or all of a model's together.
+    """
+
+    operator: Operator | None
+    anchored: bool
+    rescaled: Rescale
+    source: str
+    stored: bool = False
+    scope: Literal["tensor", "model"] = "tensor"
+
+
+_SUM, _MEAN = Operator(), Operator(normalize=True)
+
+MERGES: dict[tuple[MergeMethod, MergeFidelity], MergePreset] = {
+    ("linear", "paper"): MergePreset(_MEAN, False, "none", "arXiv 2203.05482 (model soups)"),
+    ("task_arithmetic", "paper"): MergePreset(_SUM, True, "none", "arXiv 2212.04089"),
+    ("ties", "paper"): MergePreset(
+        Operator("top", "none", "sign", normalize=True),
+        True,
+        "l1",
+        "arXiv 2306.01708, Algorithm 1",
+        scope="model",
+    ),
+    ("dare_linear", "paper"): MergePreset(
+        Operator("bernoulli", "expected"), True, "expected", "arXiv 2311.03099, Eq. 2 and 3"
+    ),
+    ("dare_ties", "paper"): MergePreset(
+        Operator("bernoulli", "expected", "sign", normalize=True),
+        True,
+        "expected",
+        "arXiv 2311.03099, Eq. 2 and 3, then the election and the mean of arXiv 2306.01708",
+    ),
+    ("slerp", "paper"): MergePreset(None, False, "none", "Shoemake, SIGGRAPH 1985"),
+    ("hma", "paper"): MergePreset(_SUM, False, "none", "arXiv 2309.06256, heterogeneous model averaging"),
+    ("linear", "mergekit"): MergePreset(_MEAN, False, "none", "mergekit's linear"),
+    ("task_arithmetic", "mergekit"): MergePreset(
+        _SUM, True, "none", "mergekit's task_arithmetic", stored=True
+    ),
+    ("ties", "mergekit"): MergePreset(
+        Operator("top", "none", "sign_or_plus", normalize=True, counting="truncate"),
+        True,
+        "l1",
+        "mergekit's ties",
+        stored=True,
+    ),
+    ("dare_linear", "mergekit"): MergePreset(
+        Operator("bernoulli", "l1"), True, "l1", "mergekit's dare_linear", stored=True
+    ),
+    ("dare_ties", "mergekit"): MergePreset(
+        Operator("bernoulli", "l1", "sign_or_plus"), True, "l1", "mergekit's dare_ties", stored=True
+    ),
+    ("slerp", "mergekit"): MergePreset(None, False, "none", "mergekit's slerp"),
+    ("hma", "mergekit"): MergePreset(_SUM, False, "none", "arXiv 2309.06256; mergekit has none"),
+}

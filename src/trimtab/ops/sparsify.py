@@ -19,7 +19,8 @@ from trimtab.ops.masks import MaskKey, Place, bernoulli_bits
 
 Sparsifier = Literal["none", "bernoulli", "top"]
 Rescale = Literal["none", "expected", "l1"]
-Counting = Literal["ceil", "floor"]
+Counting = Literal["ceil", "floor", "truncate"]
+COUNTINGS: tuple[Counting, ...] = ("ceil", "floor", "truncate")
 
 
 def top_count(n: int, p: float, counting: Counting = "ceil") -> int:
@@ -27,13 +28,15 @@ def top_count(n: int, p: float, counting: Counting = "ceil") -> int:
 
     ``ceil``: k = min(n, max(1, ⌈p·n⌉)) with p taken as the decimal that was written, so 0.07 of 100 is 7.
     ``floor``: k = int(p·n) in floating point, and all n when that is 0, as the released code of arXiv
-    2405.17931 does.
+    2405.17931 does. ``truncate``: max(1, int(p·n)), as mergekit does.
 
     Examples:
         >>> top_count(100, 0.07), top_count(1000, 5e-4), top_count(1000, 5e-4, "floor"), top_count(0, 0.5)
         (7, 1, 1000, 0)
     """
     _check_rate(p)
+    if counting == "truncate":
+        return min(n, max(1, int(p * n)))
     if counting == "floor":
         return int(p * n) or n
     return min(n, max(1, math.ceil(Fraction(repr(float(p))) * n)))

@@ -326,6 +326,8 @@ def _refusal(job: Job) -> str | None:
 def _operator_refusal(job: Job, operator: Operator) -> str | None:
     if operator.normalize:
         return "the kernels do not normalize"
+    if operator.consensus not in _CONSENSUS:
+        return f"the kernels have no consensus {operator.consensus!r} (offline merging has)"
     if operator.rescale == "l1" and operator.sparsify != "none" and job.group is None:
         return "the kernels do not rescale by the L1 norm"
     if operator.sparsify == "top" and job.layout.numel >= 1 << 32:

@@ -213,6 +213,8 @@ def _refuses_moments(job: Job, operator: Operator) -> str | None:
 def _refuses_operator(job: Job, operator: Operator) -> str | None:
     if operator.normalize:
         return "it does not normalize (offline merging does)"
+    if operator.consensus == "sign_or_plus":
+        return "it has no consensus 'sign_or_plus' (offline merging has)"
     if operator.sparsify != "none" and operator.rescale == "l1" and job.factors is None:
         return "rescale 'l1' needs sums over whole tensors, which it does not form"
     if operator.sparsify == "top" and job.layout.total >= _LARGEST:
