@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from trimtab.recipe.problems import Key, Problem
 from trimtab.recipe.recipe import Recipe
 from trimtab.recipe.sections import MERGE_SETTINGS, MERGING, Optimizer, Schedule, SFTLoss
+from trimtab.yaml_file import Key, Problem
 
 NAME: Key = ("optimizer", "name")
 

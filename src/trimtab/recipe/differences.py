@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from trimtab.errors import IncompatibleState
-from trimtab.recipe.problems import Key, dotted
 from trimtab.recipe.recipe import Recipe
-from trimtab.recipe.values import spelled
+from trimtab.yaml_file import Key, dotted, spelled
 
 MAY_DIFFER: tuple[Key, ...] = (
     ("output",),

@@ -11,11 +11,11 @@ from pydantic import ValidationError
 from trimtab.errors import nearest
 from trimtab.recipe.combinations import combination_problems
 from trimtab.recipe.paths import path_problems
-from trimtab.recipe.problems import Key, Places, Problem, problems_of, refusal
+from trimtab.recipe.problems import problems_of
 from trimtab.recipe.reading import lay_over, read_recipe_file
 from trimtab.recipe.recipe import METHODS, NOT_YET, Recipe, SFTRecipe
 from trimtab.recipe.training_fields import check_training_fields, owned_problems
-from trimtab.recipe.values import spelled
+from trimtab.yaml_file import Key, Places, Problem, refusal, spelled
 
 ConfigClass = Callable[[str], type]
 """From a method's name to the trainer's config class (only ``trimtab.train`` knows it)."""
@@ -43,9 +43,9 @@ def load_recipe(
     Raises:
         UserError: naming everything that is wrong, each with its line or override and the nearest valid name.
     """
-    values, written, twice = read_recipe_file(path)
-    values = lay_over(values, written, overrides)
-    return _checked(values, str(path), Places(written), twice, config_class)
+    file = read_recipe_file(path)
+    values = lay_over(file.values, file.places, overrides)
+    return _checked(values, str(path), Places(file.places), file.twice, config_class)
 
 
 def make_recipe(values: dict[str, Any], *, config_class: ConfigClass | None = None) -> Recipe:

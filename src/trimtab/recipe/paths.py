@@ -6,9 +6,9 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from trimtab.recipe.problems import Key, Problem
 from trimtab.recipe.recipe import Recipe
 from trimtab.recipe.weights import model_folder_problem
+from trimtab.yaml_file import Key, Problem
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".txt", ".gz", ".zst", ".arrow")

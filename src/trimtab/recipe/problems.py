@@ -1,85 +1,17 @@
-"""What is wrong with a recipe: one line per problem, with its place, and the sentence they add up to."""
+"""What pydantic finds wrong with a recipe, in our words."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from trimtab.errors import UserError, nearest
+from trimtab.errors import nearest
 from trimtab.recipe.recipe import METHODS
-from trimtab.recipe.values import spelled
-
-Key = tuple[str | int, ...]
-"""A place in a recipe: ``("data", "train", 0, "path")`` is ``data.train.0.path``."""
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One thing that is wrong, at one key; it stands only while the keys in ``also`` are right."""
-
-    key: Key
-    message: str
-    also: tuple[Key, ...] = ()
-
-
-class Places:
-    """Where each key of a recipe was written: a line of the file, or an override of the command line."""
-
-    def __init__(self, places: Mapping[Key, str] | None = None) -> None:
-        self._places = dict(places or {})
-
-    def written(self, key: Key) -> Key:
-        """Return ``key`` as it was written: a list may be written as its only item, a source as its path."""
-        path: Key = ()
-        for part in key:
-            if isinstance(part, int) and (*path, part) not in self._places and self._places:
-                continue
-            path = (*path, part)
-        bare = path[-1:] == ("path",) and path not in self._places and path[:-1] in self._places
-        return path[:-1] if bare else path
-
-    def of(self, key: Key) -> str | None:
-        """Return where ``key``, or the nearest key around it, was written."""
-        path = self.written(key)
-        while path and path not in self._places:
-            path = path[:-1]
-        return self._places.get(path) if path else None
-
-    def order(self, key: Key) -> tuple[int, int]:
-        """Return what sorts keys as they are read: by line, then the overrides, then what was not written."""
-        place = self.of(key) or ""
-        return (0, int(place[5:])) if place.startswith("line ") else (1 if place else 2, 0)
-
-    def say(self, problem: Problem) -> str:
-        """Return the problem as a line: where it was written, the key, and what is wrong."""
-        place = self.of(problem.key)
-        sentence = f"{dotted(self.written(problem.key))} {problem.message}"
-        return f"{place}: {sentence}" if place else sentence
-
-
-def dotted(key: Iterable[str | int]) -> str:
-    """Return the key as overrides write it.
-
-    Examples:
-        >>> dotted(("data", "train", 0))
-        'data.train.0'
-    """
-    return ".".join(str(part) for part in key)
-
-
-def refusal(source: str, problems: Sequence[Problem], places: Places) -> UserError:
-    """Return the error that lists all ``problems``: one sentence for one, a line for each of several."""
-    ordered = sorted(problems, key=lambda problem: places.order(problem.key))
-    lines = list(dict.fromkeys(places.say(problem) for problem in ordered))
-    if len(lines) == 1:
-        comma = ", " if lines[0].startswith(("line ", "override ")) else ": "
-        return UserError(f"{source}{comma}{lines[0]}")
-    return UserError("\n".join([f"{source}: {len(lines)} problems", *(f"  {line}" for line in lines)]))
+from trimtab.yaml_file import Key, Problem, dotted, spelled
 
 
 def problems_of(error: ValidationError, model: type[BaseModel]) -> Iterator[Problem]:

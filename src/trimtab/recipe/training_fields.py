@@ -11,8 +11,8 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from pydantic_core import PydanticCustomError
 
 from trimtab.errors import UserError, nearest
-from trimtab.recipe.problems import Places, Problem, refusal
-from trimtab.recipe.values import as_count, as_flag, as_number, spelled
+from trimtab.recipe.values import as_count, as_flag, as_number
+from trimtab.yaml_file import Places, Problem, refusal, spelled
 
 OWNED: dict[str, str] = {
     "learning_rate": "optimizer.lr",

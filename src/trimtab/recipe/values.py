@@ -1,18 +1,17 @@
-"""The types a recipe's values have: ``beta: "yes"`` is refused, ``lr: 1e-6`` is a number.
-
-YAML 1.1, which PyYAML speaks, reads ``1e-6`` as text (a float needs a dot there: ``1.0e-6``), and ``yes`` as
-a boolean. Numbers written as text are therefore read as numbers, and booleans never count as numbers.
-"""
+"""The types a recipe's values have: ``beta: "yes"`` is refused, ``lr: 1e-6`` is a number."""
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Sequence
-from typing import Annotated, Any
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, TypeVar
 
 from pydantic import BeforeValidator, Field, PlainSerializer, PlainValidator
 from pydantic_core import PydanticCustomError
+
+from trimtab.yaml_file import WrongValue, count_in, flag_in, number_in, text_in
+
+T = TypeVar("T")
 
 
 def as_number(value: Any) -> float:
@@ -22,16 +21,7 @@ def as_number(value: Any) -> float:
         >>> as_number("1e-6")
         1e-06
     """
-    if isinstance(value, str):
-        try:
-            value = float(value)
-        except ValueError:
-            raise _refused("must be a number", value) from None
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise _refused("must be a number", value)
-    if not math.isfinite(value):
-        raise _refused("must be a finite number", value)
-    return float(value)
+    return _read(number_in, value)
 
 
 def as_count(value: Any) -> int:
@@ -41,31 +31,17 @@ def as_count(value: Any) -> int:
         >>> as_count("1e3")
         1000
     """
-    if isinstance(value, int) and not isinstance(value, bool):
-        return value
-    try:
-        number = as_number(value)
-    except PydanticCustomError:
-        raise _refused("must be a whole number", value) from None
-    if number != int(number):
-        raise _refused("must be a whole number", value)
-    return int(number)
+    return _read(count_in, value)
 
 
 def as_flag(value: Any) -> bool:
     """Return ``value`` when it is a boolean; nothing else is read as one."""
-    if not isinstance(value, bool):
-        raise _refused("must be true or false", value)
-    return value
+    return _read(flag_in, value)
 
 
 def as_text(value: Any) -> str:
     """Return ``value`` when it is text with something in it."""
-    if not isinstance(value, str) or not value.strip():
-        raise _refused("must be text", value)
-    if "\0" in value:  # no path can hold one, and no name does
-        raise _refused("must be text without null characters", value)
-    return value
+    return _read(text_in, value)
 
 
 def as_pattern(value: Any) -> str:
@@ -97,26 +73,21 @@ def as_text_or_texts(value: Any) -> str | tuple[str, ...]:
     return as_text(value) if isinstance(value, str) else as_texts(value)
 
 
+def _read(read: Callable[[Any], T], value: Any) -> T:
+    """Return ``read(value)``; what it refuses, pydantic is told."""
+    try:
+        return read(value)
+    except WrongValue as error:
+        raise _told(str(error)) from None
+
+
 def _refused(what: str, value: Any) -> PydanticCustomError:
+    return _told(str(WrongValue(what, value)))
+
+
+def _told(sentence: str) -> PydanticCustomError:
     # The words travel as context: the template is formatted, and a brace in a value must not be a field.
-    return PydanticCustomError("refused", "{what}, not {value}", {"what": what, "value": spelled(value)})
-
-
-def spelled(value: Any) -> str:
-    """Return ``value`` as a short piece of YAML, for use in a sentence.
-
-    Examples:
-        >>> spelled(True), spelled(None), spelled("yes")
-        ('true', 'null', "'yes'")
-    """
-    if isinstance(value, bool) or value is None:
-        return {True: "true", False: "false", None: "null"}[value]
-    if isinstance(value, dict):
-        return "a mapping"
-    if isinstance(value, list | tuple):
-        return "a list"
-    text = repr(value)
-    return text if len(text) <= 60 else text[:56] + "..." + text[-1]
+    return PydanticCustomError("refused", "{sentence}", {"sentence": sentence})
 
 
 def _as_yaml(value: str | tuple[str, ...]) -> str | list[str]:

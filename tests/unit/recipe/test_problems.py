@@ -38,6 +38,7 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
     ("text for a number", DPO, {"loss.beta": "yes"}, "loss.beta must be a number, not 'yes'"),
     ("boolean for a number", DPO, {"loss.beta": True}, "loss.beta must be a number, not true"),
     ("infinite", DPO, {"optimizer.lr": float("inf")}, "optimizer.lr must be a finite number, not inf"),
+    ("too large", DPO, {"optimizer.lr": 10**400}, "optimizer.lr must be a finite number, not inf"),
     (
         "NaN",
         DPO,

@@ -26,6 +26,7 @@ FILES = {
     "latin-1": ("method: dpo\noutput: caf\xe9\n".encode("latin-1"), "is not UTF-8 text (byte 23)"),
     "bytes": (b"\x00\x01\x02", "is not YAML: "),
     "an alias in itself": (b"a: &a [*a]\nmethod: sft\n", "an alias in it holds itself"),
+    "a date that is none": (b"method: 2026-13-01\n", "holds a value that cannot be read: month must be in"),
     "an unhashable key": (b"? [a]\n: 1\n", "is not YAML: "),
 }
 
