@@ -41,6 +41,8 @@ class Checkpoint:
     Args:
         folder: the folder the files lie in.
         files: their names inside it.
+        mapped: map the files into memory: tensors are views, and what is read stays the system's to forget.
+            Else they are read into memory of their own.
 
     Raises:
         UserError: a file is missing, truncated or no safetensors file, or a key occurs twice.
@@ -55,8 +57,10 @@ class Checkpoint:
         ((2, 3), [[3.0, 4.0, 5.0]])
     """
 
-    def __init__(self, folder: str | Path, files: Sequence[str]) -> None:
+    def __init__(self, folder: str | Path, files: Sequence[str], *, mapped: bool = False) -> None:
         self.folder = Path(folder)
+        self.files = tuple(files)
+        self._mapped = mapped
         self._handles: dict[str, Any] = {}
         self._file: dict[str, str] = {}
         self._shape: dict[str, tuple[int, ...]] = {}
@@ -88,6 +92,14 @@ class Checkpoint:
                 f"in {', '.join(DTYPES)}, so dequantize the model first"
             )
         return DTYPES[code]
+
+    def code(self, key: str) -> str:
+        """Dtype of one tensor as safetensors writes it, from the header; integers included."""
+        return self._code[key]
+
+    def file(self, key: str) -> str:
+        """Name of the file that one tensor lies in."""
+        return self._file[key]
 
     def metadata(self, file: str) -> dict[str, str]:
         """The free-text metadata in the header of ``file``."""
@@ -138,8 +150,9 @@ class Checkpoint:
             if not path.is_file():
                 raise UserError(f"{path} is missing, although the folder's index names it; copy it there")
             try:
-                # "pread", not the default map: mapped pages would count as memory until the file is closed.
-                self._handles[file] = safe_open(path, framework="pt", device="cpu", backend="pread")
+                # Pages of a map count as memory until the file is closed, so a map has to be asked for.
+                backend = "mmap" if self._mapped else "pread"
+                self._handles[file] = safe_open(path, framework="pt", device="cpu", backend=backend)
             except (SafetensorError, OSError) as error:
                 raise UserError(
                     f"{path} is no whole safetensors file ({error}); copy or download it again"
@@ -150,7 +163,7 @@ class Checkpoint:
         return {**self.__dict__, "_handles": {}}
 
 
-def open_checkpoint(folder: Path, *, adapter: bool = False) -> Checkpoint:
+def open_checkpoint(folder: Path, *, adapter: bool = False, mapped: bool = False) -> Checkpoint:
     """Open the weights of a model or adapter folder.
 
     As transformers does, ``model.safetensors`` is preferred over ``model.safetensors.index.json`` with its
@@ -159,6 +172,7 @@ def open_checkpoint(folder: Path, *, adapter: bool = False) -> Checkpoint:
     Args:
         folder: a folder as ``save_pretrained`` writes it.
         adapter: look for ``adapter_model.safetensors`` instead.
+        mapped: see :class:`Checkpoint`.
 
     Raises:
         UserError: there are no safetensors in it (pickles are never read), the index is broken, or a file is.
@@ -166,9 +180,9 @@ def open_checkpoint(folder: Path, *, adapter: bool = False) -> Checkpoint:
     single = "adapter_model.safetensors" if adapter else _named_in_config(folder) or "model.safetensors"
     index = folder / f"{single.removesuffix('.index.json')}.index.json"
     if (folder / single).is_file() and not single.endswith(".index.json"):
-        return Checkpoint(folder, [single])
+        return Checkpoint(folder, [single], mapped=mapped)
     if index.is_file():
-        return _open_sharded(folder, index)
+        return _open_sharded(folder, index, mapped=mapped)
     raise _no_weights(folder, single)
 
 
@@ -205,8 +219,8 @@ def shard_files(index: Path) -> list[str]:
     return files
 
 
-def _open_sharded(folder: Path, index: Path) -> Checkpoint:
-    checkpoint = Checkpoint(folder, shard_files(index))
+def _open_sharded(folder: Path, index: Path, *, mapped: bool) -> Checkpoint:
+    checkpoint = Checkpoint(folder, shard_files(index), mapped=mapped)
     lost = [key for key in read_json(index)["weight_map"] if key not in checkpoint]
     if lost:
         raise UserError(

@@ -5,11 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from trimtab.ops.consensus import CONSENSUS, Consensus, agreeing_terms, consensus
-from trimtab.ops.masks import MaskKey
-from trimtab.ops.sparsify import COUNTINGS, Counting, Rescale, Sparsifier, check_kind, thin, thinning
+from trimtab.ops.masks import MaskKey, Place
+from trimtab.ops.sparsify import (
+    COUNTINGS,
+    Counting,
+    Rescale,
+    Sparsifier,
+    Thinning,
+    check_kind,
+    thin,
+    thinning,
+)
 
 
 @dataclass(frozen=True)
@@ -118,3 +128,52 @@ def merge(
         [2.0, 2.0]
     """
     return anchor + combine(deltas, weights, reserve_rates, operator, keys)
+
+
+def merge_range(
+    anchor: Tensor,
+    deltas: Sequence[Tensor],
+    weights: Sequence[float],
+    how: Sequence[Thinning],
+    operator: Operator,
+    *,
+    scale: float = 1.0,
+    place: Place | None = None,
+) -> Tensor:
+    """:func:`merge` of a range of a tensor: anchor + λ·⊕_w(F(δ₁), F(δ₂), …).
+
+    Args:
+        anchor: its range of the anchor.
+        deltas: the same range of each delta, in the anchor's dtype.
+        weights: one weight for each delta.
+        how: what F does to each delta, decided over the whole tensor
+            (:func:`trimtab.ops.sparsify.thinning`).
+        operator: ⊕.
+        scale: λ (TIES, arXiv 2306.01708, Algorithm 1).
+        place: where the range lies; None for a whole tensor.
+
+    Examples:
+        >>> one, vote = torch.ones(2), Operator(consensus="sign")
+        >>> merge_range(one, [one, -3 * one], [1.0, 1.0], [Thinning()] * 2, vote).tolist()
+        [-2.0, -2.0]
+    """
+    mixed = consensus(thin(deltas, how, place), weights, operator.consensus, normalize=operator.normalize)
+    return anchor + (mixed if scale == 1 else mixed * scale)
+
+
+def weighted_sum(terms: Sequence[Tensor], weights: Sequence[float], *, normalize: bool) -> Tensor:
+    """Σ wᵢ·xᵢ of models, divided by Σ wᵢ where ``normalize`` (arXiv 2203.05482).
+
+    Formed in fp32 (fp64 where a term is), each product added with a single rounding where the processor can:
+    the operation is torch.addcmul, as in mergekit.
+
+    Examples:
+        >>> weighted_sum([torch.ones(2), torch.full((2,), 3.0)], [1, 3], normalize=True).tolist()
+        [2.5, 2.5]
+    """
+    dtype = torch.float64 if any(term.dtype == torch.float64 for term in terms) else torch.float32
+    factors = [torch.full((1,), float(weight), dtype=dtype) for weight in weights]
+    total = torch.zeros_like(terms[0], dtype=dtype)
+    for term, factor in zip(terms, factors, strict=True):
+        total.addcmul_(term, factor)
+    return total.div_(torch.cat(factors).sum()) if normalize else total

@@ -76,20 +76,19 @@ def consensus(
     total = _sum(parts)
     if not normalize:
         return total
-    # A linear consensus is a weighted mean: an entry of 0 has agreed too. In a vote it has not.
-    everyone = kind == "linear"
-    votes = _sum(
-        [
-            torch.where((part != 0) | everyone, float(w), 0.0).to(total)
-            for part, w in zip(parts, weights, strict=True)
+    if kind == "linear":  # a weighted mean: an entry of 0 has agreed too; in a vote it has not
+        cast = [total.new_full((1,), float(w)) for w in weights]
+    else:
+        cast = [
+            torch.where(part != 0, float(w), 0.0).to(total) for part, w in zip(parts, weights, strict=True)
         ]
-    )
+    votes = _sum(cast)
     undivided = total if kind == "sign_or_plus" else torch.zeros_like(total)
     return torch.where(votes == 0, undivided, total / votes)
 
 
 def _sum(parts: Sequence[Tensor]) -> Tensor:
-    """The parts' sum from left to right; of 16-bit parts formed in fp32 and rounded once, as torch.sum does."""
+    """The sum from left to right; of 16-bit parts it is formed in fp32 and rounded once, as torch.sum does."""
     total = parts[0]
     if len(parts) > 2 and total.dtype in (torch.bfloat16, torch.float16):
         total = total.to(torch.float32)

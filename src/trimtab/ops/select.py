@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -13,10 +13,25 @@ from torch import Tensor
 from trimtab.ops.exact_sum import Reduce, alone, chunks, exact_l1
 from trimtab.ops.layout import Layout
 from trimtab.ops.masks import MaskKey, Place
-from trimtab.ops.sparsify import Cut, Rescale, Sparsifier, Thinning, check_kind, magnitude_bits, thin
+from trimtab.ops.sparsify import (
+    Cut,
+    Rescale,
+    Sparsifier,
+    Thinning,
+    check_kind,
+    l1_ratio,
+    magnitude_bits,
+    thin,
+)
 
 # The bits of a magnitude, from the highest on, as digits that a histogram of at most 16 kB counts.
-_WIDTHS = {torch.float32: (11, 10, 10), torch.float64: (11, 11, 11, 10, 10, 10)}
+WIDTHS = {
+    torch.float32: (11, 10, 10),
+    torch.float64: (11, 11, 11, 10, 10, 10),
+    torch.bfloat16: (8, 7),
+    torch.float16: (8, 7),
+}
+Counts = np.ndarray[Any, np.dtype[np.int64]]
 _INDEX_WIDTH = 11
 
 
@@ -99,19 +114,21 @@ def global_cuts(parts: Sequence[Part], reduce: Reduce = alone) -> list[Cut]:
     for part in parts:
         if not 0 <= part.count <= part.layout.total:
             raise ValueError(f"cannot keep {part.count} of {part.layout.total} entries")
-        if part.x.dtype not in _WIDTHS:
+        if part.x.dtype not in (torch.float32, torch.float64):
             raise ValueError(f"top needs fp32 or fp64 tensors, got {part.x.dtype}")
     searched = [i for i, part in enumerate(parts) if 0 < part.count < part.layout.total]
     at = {i: _by_magnitude(parts[i]) for i in searched}
     _run(list(at.values()), reduce)
-    last = {i: _by_index(parts[i], at[i]) for i in searched if at[i].need < at[i].count}
+    found = {i: search.descent for i, search in at.items()}
+    last = {i: _by_index(parts[i], one) for i, one in found.items() if one.need < one.count}
     _run(list(last.values()), reduce)
-    return [_cut(part, at.get(i), last.get(i)) for i, part in enumerate(parts)]
+    ends = {i: search.descent for i, search in last.items()}
+    return [_cut(part, found.get(i), ends.get(i)) for i, part in enumerate(parts)]
 
 
-def _cut(part: Part, at: _Search | None, last: _Search | None) -> Cut:
+def _cut(part: Part, at: _Descent | None, last: _Descent | None) -> Cut:
     if at is None:  # all or nothing: no search
-        bits = 0 if part.count else (1 << sum(_WIDTHS[part.x.dtype])) - 1
+        bits = 0 if part.count else (1 << sum(WIDTHS[part.x.dtype])) - 1
         return Cut(bits, part.layout.total if part.count else 0)
     return Cut(at.value, part.layout.total if last is None else last.value + 1)
 
@@ -120,10 +137,7 @@ def _l1_factors(parts: Sequence[Part], how: Sequence[Thinning], reduce: Reduce) 
     """‖x‖₁/‖F(x)‖₁ of each tensor, and 1 where a sum is 0 or not finite."""
     kept = [_kept(part, one) for part, one in zip(parts, how, strict=True)]
     sums = exact_l1([*(part.x for part in parts), *kept], reduce)
-    return [
-        before / after if math.isfinite(before) and math.isfinite(after) and before > 0 < after else 1.0
-        for before, after in zip(sums[: len(parts)], sums[len(parts) :], strict=True)
-    ]
+    return [l1_ratio(*pair) for pair in zip(sums[: len(parts)], sums[len(parts) :], strict=True)]
 
 
 def _kept(part: Part, how: Thinning) -> Iterator[Tensor]:
@@ -131,52 +145,146 @@ def _kept(part: Part, how: Thinning) -> Iterator[Tensor]:
         yield thin([chunk], [how], Place(part.layout, low))[0]
 
 
+class Magnitudes(Protocol):
+    """The magnitudes of entries that need not lie in memory, as they are counted for a cut.
+
+    Attributes:
+        total: number of entries.
+        widths: bits of each digit of a magnitude, from the highest on.
+    """
+
+    total: int
+    widths: tuple[int, ...]
+
+    def histograms(self, known: int, prefixes: Sequence[int]) -> Counts:
+        """How many entries have which digit after the ``known`` first ones: a row for each prefix."""
+
+    def ties(self, bits: int) -> int:
+        """How many entries have the magnitude ``bits``."""
+
+    def tie(self, bits: int, number: int) -> int:
+        """Index of the ``number``-th of them, from 1."""
+
+
+class Streamed:
+    """The magnitudes of a tensor that is read, or computed, piece by piece.
+
+    Args:
+        pieces: yields the entries in order, each time it is called.
+        total: their number.
+        dtype: their dtype.
+    """
+
+    def __init__(self, pieces: Callable[[], Iterable[Tensor]], total: int, dtype: torch.dtype) -> None:
+        self._pieces = pieces
+        self.total = total
+        self.widths = WIDTHS[dtype]
+
+    def histograms(self, known: int, prefixes: Sequence[int]) -> Counts:
+        """See :class:`Magnitudes`."""
+        width, below = self.widths[known], sum(self.widths[known + 1 :])
+        counts = torch.zeros(len(prefixes), 1 << width, dtype=torch.int64)
+        for keys in self._keys():
+            for row, prefix in zip(counts, prefixes, strict=True):
+                row += _digits(keys, prefix if known else None, width, below)
+        return counts.numpy()
+
+    def ties(self, bits: int) -> int:
+        """See :class:`Magnitudes`."""
+        return sum(int((keys == bits).sum()) for keys in self._keys())
+
+    def tie(self, bits: int, number: int) -> int:
+        """See :class:`Magnitudes`."""
+        low = 0
+        for keys in self._keys():
+            tied = (keys == bits).nonzero().squeeze(1)
+            if number <= tied.numel():
+                return low + int(tied[number - 1])
+            number -= tied.numel()
+            low += keys.numel()
+        raise ValueError("there are not as many ties")
+
+    def _keys(self) -> Iterator[Tensor]:
+        return (magnitude_bits(chunk) for piece in self._pieces() for chunk in chunks(piece))
+
+
+def cuts(magnitudes: Sequence[Magnitudes], counts: Sequence[int]) -> list[list[Cut]]:
+    """Where to cut so that the ``k`` largest of all entries of several tensors are kept, for several k.
+
+    The tensors are ranked as one, one after the other; ties go to the lower index.
+
+    Args:
+        magnitudes: of each tensor.
+        counts: each k, between 1 and the number of all entries.
+
+    Returns:
+        For each k a cut for each tensor.
+
+    Examples:
+        >>> x = torch.tensor([1.0, -3.0, 3.0])
+        >>> cuts([Streamed(lambda: [x], 3, x.dtype)], [1]) == [[Cut(bits=0x40400000, index=2)]]
+        True
+    """
+    widths, total = magnitudes[0].widths, sum(one.total for one in magnitudes)
+    if not all(1 <= k <= total for k in counts):
+        raise ValueError(f"cannot keep {list(counts)} of {total} entries")
+    searched = {k: _Descent(widths, k, total, largest=True) for k in set(counts) if k < total}
+    for known in range(len(widths)):
+        prefixes = sorted({search.value for search in searched.values()})
+        if prefixes:
+            rows = np.sum([one.histograms(known, prefixes) for one in magnitudes], axis=0)
+            for search in searched.values():
+                search.descend(rows[prefixes.index(search.value)])
+    return [_cuts_at(searched.get(k), magnitudes) for k in counts]
+
+
+def _cuts_at(found: _Descent | None, magnitudes: Sequence[Magnitudes]) -> list[Cut]:
+    """The cut of each tensor, given the magnitude at which to cut; everything is kept where it is None."""
+    if found is None or found.need == found.count:
+        return [Cut(found.value if found else 0, one.total) for one in magnitudes]
+    result, left = [], found.need
+    for one in magnitudes:
+        tied = one.ties(found.value) if len(magnitudes) > 1 else found.count
+        if tied <= left:
+            index = one.total
+        else:
+            index = one.tie(found.value, left) + 1 if left else 0
+        result.append(Cut(found.value, index))
+        left -= min(tied, left)
+    return result
+
+
 # -- radix selection
 
 
 @dataclass(slots=True)
-class _Search:
-    """The search for the ``need``-th key among integers that are spread over processes, digit by digit.
+class _Descent:
+    """The search for the ``need``-th of ``count`` integers, digit by digit, given histograms of the digits.
 
     Args:
-        keys: the local keys, chunk by chunk.
         widths: bits of each digit, from the highest on.
-        need: which key, from 1; in the end, among those that are equal to it.
-        count: how many keys there are in all processes; in the end, how many are equal to it.
-        device: where the keys are.
-        largest: count from the largest key on, else from the smallest.
-        value: what is known of the key, in the end all of it.
+        need: which integer, from 1; in the end, among those that are equal to it.
+        count: how many integers there are; in the end, how many are equal to it.
+        largest: count from the largest on, else from the smallest.
+        value: what is known of the integer, in the end all of it.
         known: how many of its digits that is.
     """
 
-    keys: Callable[[], Iterator[Tensor]]
     widths: tuple[int, ...]
     need: int
     count: int
-    device: torch.device
     largest: bool
     value: int = 0
     known: int = 0
 
-    def histogram(self) -> Tensor:
-        """Count the next digit of the local keys that begin with the known ones."""
-        width, below = self.widths[self.known], sum(self.widths[self.known + 1 :])
-        counts = torch.zeros(1 << width, dtype=torch.int64, device=self.device)
-        for keys in self.keys():
-            if self.known:
-                keys = keys[keys >> below + width == self.value].bitwise_and_((1 << below + width) - 1)
-            digits = keys >> below if below else keys
-            counts += torch.bincount(digits, minlength=1 << width)
-        return counts
-
-    def descend(self, counts: np.ndarray[tuple[int], np.dtype[np.int64]]) -> None:
-        """Find the next digit in the histogram over all processes."""
+    def descend(self, counts: Counts) -> None:
+        """Find the next digit in the histogram of those that begin with the known ones."""
         ranked = counts[::-1] if self.largest else counts
         reached = ranked.cumsum()
         if reached[-1] != self.count:
             raise ValueError(
-                f"the processes hold {reached[-1]} entries where {self.count} were expected: their layouts "
-                "do not make up one tensor"
+                f"{reached[-1]} entries where {self.count} were expected: the layouts of the processes do not "
+                "make up one tensor"
             )
         place = int(reached.searchsorted(self.need))
         self.count = int(ranked[place])
@@ -186,15 +294,46 @@ class _Search:
         self.known += 1
 
 
+@dataclass(slots=True)
+class _Search:
+    """A descent among integers that are spread over processes.
+
+    Args:
+        keys: the local keys, chunk by chunk.
+        descent: how far it is.
+        device: where the keys are.
+    """
+
+    keys: Callable[[], Iterator[Tensor]]
+    descent: _Descent
+    device: torch.device
+
+    def histogram(self) -> Tensor:
+        """Count the next digit of the local keys that begin with the known ones."""
+        at = self.descent
+        width, below = at.widths[at.known], sum(at.widths[at.known + 1 :])
+        counts = torch.zeros(1 << width, dtype=torch.int64, device=self.device)
+        for keys in self.keys():
+            counts += _digits(keys, at.value if at.known else None, width, below)
+        return counts
+
+
+def _digits(keys: Tensor, prefix: int | None, width: int, below: int) -> Tensor:
+    """The histogram of a digit of ``width`` bits with ``below`` bits after it, of the keys that begin so."""
+    if prefix is not None:
+        keys = keys[keys >> below + width == prefix].bitwise_and_((1 << below + width) - 1)
+    return torch.bincount(keys >> below if below else keys, minlength=1 << width)
+
+
 def _run(searches: Sequence[_Search], reduce: Reduce) -> None:
     """Take all searches to their end; each round sums one histogram of every search that goes on."""
-    while going := [search for search in searches if search.known < len(search.widths)]:
+    while going := [one for one in searches if one.descent.known < len(one.descent.widths)]:
         histograms = [search.histogram() for search in going]
         together = torch.cat(histograms)
         reduce(together)
         counts = np.split(together.cpu().numpy(), np.cumsum([one.numel() for one in histograms])[:-1])
         for search, one in zip(going, counts, strict=True):
-            search.descend(one)
+            search.descent.descend(one)
 
 
 def _by_magnitude(part: Part) -> _Search:
@@ -203,11 +342,11 @@ def _by_magnitude(part: Part) -> _Search:
     def bits() -> Iterator[Tensor]:
         return map(magnitude_bits, chunks(part.x))
 
-    widths = _WIDTHS[part.x.dtype]
-    return _Search(bits, widths, part.count, part.layout.total, part.x.device, largest=True)
+    widths = WIDTHS[part.x.dtype]
+    return _Search(bits, _Descent(widths, part.count, part.layout.total, largest=True), part.x.device)
 
 
-def _by_index(part: Part, at: _Search) -> _Search:
+def _by_index(part: Part, at: _Descent) -> _Search:
     """The search for the index of the last entry that is kept, among those that tie at its magnitude."""
 
     def indices() -> Iterator[Tensor]:
@@ -216,7 +355,7 @@ def _by_index(part: Part, at: _Search) -> _Search:
             if tied.numel():
                 yield part.layout.indices(low, low + chunk.numel(), device=chunk.device)[tied]
 
-    return _Search(indices, _index_widths(part), at.need, at.count, part.x.device, largest=False)
+    return _Search(indices, _Descent(_index_widths(part), at.need, at.count, largest=False), part.x.device)
 
 
 def _index_widths(part: Part) -> tuple[int, ...]:

@@ -217,7 +217,11 @@ def thin(xs: Sequence[Tensor], how: Sequence[Thinning], place: Place | None = No
 
 def l1_factor(x: Tensor, kept: Tensor) -> float:
     """‖x‖₁/‖F(x)‖₁, and 1 where a sum is 0 or not finite."""
-    before, after = l1_norm(x), l1_norm(kept)
+    return l1_ratio(l1_norm(x), l1_norm(kept))
+
+
+def l1_ratio(before: float, after: float) -> float:
+    """The factor that restores an L1 norm: before/after, and 1 where one of them is 0 or not finite."""
     usable = math.isfinite(before) and math.isfinite(after) and before > 0 and after > 0
     return before / after if usable else 1.0
 
