@@ -52,17 +52,22 @@ def replacing_folder(path: str | Path) -> Iterator[Path]:
         for file in temporary.rglob("*"):
             if file.is_file():
                 _sync(file)
-        temporary.chmod(0o777 & ~_umask())
-        if path.exists():
-            aside = path.with_name(f".{path.name}.old")
-            shutil.rmtree(aside, ignore_errors=True)
-            os.replace(path, aside)
-            os.replace(temporary, path)
-            shutil.rmtree(aside)
-        else:
-            os.replace(temporary, path)
+        take_place(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def take_place(folder: Path, path: Path) -> None:
+    """Rename ``folder`` to ``path``, in the same folder, and remove what was there."""
+    folder.chmod(0o777 & ~_umask())
+    if path.exists():
+        aside = path.with_name(f".{path.name}.old")
+        shutil.rmtree(aside, ignore_errors=True)
+        os.replace(path, aside)
+        os.replace(folder, path)
+        shutil.rmtree(aside)
+    else:
+        os.replace(folder, path)
 
 
 def _sync(path: Path) -> None:

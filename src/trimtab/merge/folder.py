@@ -1,0 +1,196 @@
+"""The output's folder: where it grows, what lies in it beside the weights, and how it takes its place."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from trimtab.delta.checkpoint import read_json
+from trimtab.errors import UserError
+from trimtab.files import take_place, write_json, write_text
+from trimtab.merge.layers import COUNTS
+from trimtab.merge.plan import Plan
+from trimtab.merge.writer import Shard
+
+DIGEST = "merging.json"
+"""What the work folder holds beside complete files: which merge they belong to."""
+
+_TOKENIZER = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "spiece.model",
+    "tekken.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+_PROCESSING = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
+
+
+def check_out(out: Path, *, overwrite: bool) -> None:
+    """Refuse an output that is there already, or that cannot be a folder.
+
+    Raises:
+        UserError: says which.
+    """
+    if out.is_file():
+        raise UserError(f"{out} is a file; name a folder to be written")
+    if out.is_dir() and any(out.iterdir()):
+        if not overwrite:
+            raise UserError(f"{out} is there already; name another folder, or give --overwrite to replace it")
+        if not (out / "config.json").is_file():
+            raise UserError(f"{out} holds no model, so --overwrite does not replace it; name another folder")
+
+
+def check_inputs_apart(out: Path, plan: Plan) -> None:
+    """Refuse to write over one of the models that are read.
+
+    Raises:
+        UserError: names it.
+    """
+    target = out.resolve()
+    for model in plan.inputs:
+        folder = model.folder.resolve()
+        if target == folder or target in folder.parents:
+            raise UserError(
+                f"{out} is, or holds, the model {model.label} that is merged; name another folder"
+            )
+
+
+def check_space(out: Path, size: int) -> None:
+    """Refuse to begin what the disk has no room for.
+
+    Raises:
+        UserError: says how much there is.
+    """
+    parent = next(path for path in (out, *out.absolute().parents) if path.is_dir())
+    free = shutil.disk_usage(parent).free
+    if size > free:
+        raise UserError(
+            f"the merge needs {size / 1e9:.2f} GB in {parent}, where {free / 1e9:.2f} GB are free; free some "
+            "or write elsewhere"
+        )
+
+
+@contextmanager
+def growing(out: Path, digest: str, shards: tuple[Shard, ...]) -> Iterator[Path]:
+    """Yield the folder in which the output grows, beside ``out``; at the end it takes its place.
+
+    After an interruption (Ctrl-C, a kill) its complete shards stay, and the same merge goes on from there.
+    After an error it is removed. Another merge's remains are removed at the start.
+
+    Args:
+        out: the output.
+        digest: of everything that the output's tensors follow from.
+        shards: the files that are kept.
+    """
+    work = out.absolute().parent / f".{out.name}.merging"
+    _prepare(work, digest, shards)
+    try:
+        yield work
+    except (KeyboardInterrupt, SystemExit) as stop:
+        kept = [shard.file for shard in shards if (work / shard.file).is_file()]
+        if kept:
+            stop.add_note(
+                f"{len(kept)} of {len(shards)} files are kept, and the same command goes on from there"
+            )
+        else:
+            shutil.rmtree(work, ignore_errors=True)
+        raise
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+    (work / DIGEST).unlink()
+    take_place(work, out)
+
+
+def _prepare(work: Path, digest: str, shards: tuple[Shard, ...]) -> None:
+    try:
+        ours = json.loads((work / DIGEST).read_text(encoding="utf-8")) == {"digest": digest}
+    except (OSError, ValueError):
+        ours = False
+    if not ours:
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True)
+        write_json(work / DIGEST, {"digest": digest})
+        return
+    complete = {shard.file for shard in shards}
+    for file in work.iterdir():
+        if file.name not in complete and file.name != DIGEST:
+            file.unlink()
+
+
+def write_surroundings(folder: Path, plan: Plan, card: str) -> None:
+    """Write what makes a folder of weights a model: configuration, tokenizer, generation settings, card.
+
+    Args:
+        folder: the folder that grows.
+        plan: the merge.
+        card: the model card's text.
+    """
+    donor = plan.inputs[plan.donor]
+    write_json(folder / "config.json", _config(plan))
+    _copy(donor.folder, folder, ("generation_config.json", *_PROCESSING))
+    if plan.vocabulary is not None:
+        plan.vocabulary.tokenizer.save_pretrained(folder)
+        generation = folder / "generation_config.json"
+        if generation.is_file():  # the ids of its tokens may have moved
+            write_json(generation, plan.vocabulary.configured(read_json(generation), plan.donor))
+    else:
+        _copy(donor.folder, folder, _TOKENIZER)
+    if plan.config.chat_template is not None:
+        _set_chat_template(folder, plan.config.chat_template)
+    write_text(folder / "README.md", card)
+    write_text(folder / "merge.yaml", plan.config.text)
+
+
+def _copy(source: Path, target: Path, names: tuple[str, ...]) -> None:
+    for name in names:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+
+
+def _set_chat_template(folder: Path, template: str) -> None:
+    write_text(folder / "chat_template.jinja", template)
+    settings = folder / "tokenizer_config.json"
+    if settings.is_file():  # an older tokenizer carries its template there
+        values = json.loads(settings.read_text(encoding="utf-8"))
+        if values.pop("chat_template", None) is not None:
+            write_json(settings, values)
+
+
+def _config(plan: Plan) -> dict[str, Any]:
+    """The donor's configuration, with what the merge has changed."""
+    config: dict[str, Any] = dict(plan.inputs[plan.donor].config)
+    floating = [one.entry for one in plan.outputs if not one.copied]
+    if floating:
+        largest = max(floating, key=lambda entry: entry.size)
+        name = "dtype" if "dtype" in config or "torch_dtype" not in config else "torch_dtype"
+        config[name] = str(largest.dtype).removeprefix("torch.")
+    if plan.vocabulary is not None:
+        config = plan.vocabulary.configured(config, plan.donor)
+    if plan.layers is not None:
+        config = _with_layers(config, plan)
+    for name in ("_name_or_path", "quantization_config", "transformers_weights"):
+        config.pop(name, None)
+    return config
+
+
+def _with_layers(config: dict[str, Any], plan: Plan) -> dict[str, Any]:
+    """The configuration of a model with as many layers as the slices have together."""
+    before = next((name for name in COUNTS if isinstance(config.get(name), int)), "num_hidden_layers")
+    count = config.get(before)
+    config[before] = plan.layers
+    for name, value in config.items():
+        if isinstance(value, list) and len(value) == count and name.startswith("layer"):
+            config[name] = [item for span in plan.spans for item in value[slice(*span)]]
+    return config
