@@ -148,6 +148,32 @@ def _delta(options: argparse.Namespace) -> None:
     )
 
 
+def _declare_merge(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "config", metavar="CONFIG.yaml", help="what to merge and how; mergekit's files are read as they are"
+    )
+    parser.add_argument("out", metavar="OUT", help="the folder to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace a model that OUT already is")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the plan, the size and the time; write nothing"
+    )
+    parser.add_argument(
+        "--shard-size", default="5GB", metavar="SIZE", help="bytes of a file of weights, at most (5GB)"
+    )
+
+
+def _merge(options: argparse.Namespace) -> None:
+    from trimtab.merge import command
+
+    command.run(
+        options.config,
+        options.out,
+        overwrite=options.overwrite,
+        dry_run=options.dry_run,
+        shard_size=options.shard_size,
+    )
+
+
 COMMANDS: dict[str, Command] = {
     "quickstart": Command(
         "The whole story on a tiny model: align it five ways, measure reward and tax, write a report.",
@@ -167,10 +193,16 @@ COMMANDS: dict[str, Command] = {
         _declare_delta,
         _delta,
     ),
+    "merge": Command(
+        "Merge models: linear, task arithmetic, TIES, DARE, slerp or hma, in memory that does not grow.",
+        "trimtab merge recipes/merge-ties.yaml merged --dry-run",
+        _declare_merge,
+        _merge,
+    ),
 }
 
 
-PLANNED = ("data", "raft", "select", "merge", "evaluate", "report", "sweep")
+PLANNED = ("data", "raft", "select", "evaluate", "report", "sweep")
 """Commands that are planned and refused by name until they are there."""
 
 

@@ -57,6 +57,7 @@ class Task:
         scale: λ.
         position: t of ``slerp``.
         seed: of the masks.
+        stored: whether factors are rounded to ``dtype`` too, as mergekit's are.
         how: what F does to each delta, once that is decided.
     """
 
@@ -69,6 +70,7 @@ class Task:
     scale: float = 1.0
     position: float = 0.0
     seed: int = 0
+    stored: bool = False
     how: tuple[Thinning, ...] = field(default=())
 
     def ranges(self) -> Iterator[tuple[int, int]]:
@@ -122,7 +124,11 @@ def _thinning(task: Task, operator: Operator, term: Term, cut: Cut | None) -> Th
     if operator.rescale == "none":
         return how
     kept = (thin([task.delta(term, low, high)], [how], _place(task, low))[0] for low, high in task.ranges())
-    return replace(how, factor=l1_ratio(*exact_l1([task.deltas(term), kept])))
+    sums = exact_l1([task.deltas(term), kept])
+    if task.stored:
+        sums = [rounded(one, task.dtype) for one in sums]
+    factor = l1_ratio(*sums)
+    return replace(how, factor=rounded(factor, task.dtype) if task.stored else factor)
 
 
 def mask_key(seed: int, place: int, name: str) -> MaskKey:

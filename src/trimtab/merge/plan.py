@@ -144,6 +144,7 @@ class Plan:
             output.scale,
             output.position,
             self.config.seed,
+            self.preset.stored,
         )
 
 

@@ -148,7 +148,7 @@ class Runner:
             high = min(low + CHUNK, count)
             buffer = self._buffer(output.entry.dtype, high - low)
             pieces = [(at, min(at + PIECE, high)) for at in range(low, high, PIECE)]
-            parts = buffer.values.split(PIECE)
+            parts = torch.split(buffer.values, PIECE)
             for _ in self._pool.map(_compute, repeat(work), parts, pieces):
                 pass
             yield buffer
@@ -282,8 +282,8 @@ def _check_different(plan: Plan) -> None:
     base = plan.inputs[plan.outputs[0].base.model].label if plan.outputs[0].base else "the base"
     names = ", ".join(plan.inputs[place].label for place in sorted(waiting))
     raise UserError(
-        f"{names} equals the base {base} in every entry, so there is nothing to merge in; give the model that "
-        "was tuned from it"
+        f"{names} equals the base {base} in every entry, so there is nothing to merge in; give the model "
+        "that was tuned from it"
     )
 
 

@@ -1,0 +1,50 @@
+"""How long a merge takes: a sample of it is computed, and nothing written."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+
+import torch
+
+from trimtab.merge.arithmetic import coefficients, computed, decided, interpolated
+from trimtab.merge.plan import Plan
+
+SAMPLE = 1 << 20
+"""Entries that are computed to see how long all take."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a merge takes.
+
+    Args:
+        seconds: for all of it.
+        rate: entries of the output a second.
+    """
+
+    seconds: float
+    rate: float
+
+
+def estimated(plan: Plan) -> Estimate:
+    """Compute the beginning of the largest tensor, and tell from it what all take."""
+    weights = [output for output in plan.outputs if not output.copied]
+    total = sum(output.entry.count for output in plan.outputs)
+    if not weights or not total:
+        return Estimate(0.0, 0.0)
+    output = max(weights, key=lambda one: one.entry.count)
+    task = plan.task(output)
+    count = min(task.count, SAMPLE)
+    part = replace(task, count=count)
+    began = time.perf_counter()
+    if part.operator is None:
+        factors = coefficients(part)
+        for low, high in part.ranges():
+            interpolated(part, factors, low, high)
+    else:
+        ready = decided(part)
+        for low, high in part.ranges():
+            computed(ready, low, high)
+    rate = count / (time.perf_counter() - began) * max(1, torch.get_num_threads())
+    return Estimate(total / rate, rate)
