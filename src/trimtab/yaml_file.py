@@ -171,7 +171,8 @@ def dotted(key: Iterable[str | int]) -> str:
         >>> dotted(("data", "train", 0))
         'data.train.0'
     """
-    return ".".join(str(part) for part in key)
+    texts = (str(part) for part in key)
+    return ".".join(text if text.isprintable() else repr(text) for text in texts)
 
 
 def spelled(value: Any) -> str:

@@ -158,7 +158,7 @@ def _unknown_key(name: str, key: Key, known: tuple[str, ...], kind: str) -> str:
 
 
 def _instead(value: Any, kind: str) -> str:
-    if not isinstance(value, str):
+    if not isinstance(value, str) or not value.isprintable():
         return ""
     if kind == "source":
         return f"; write model: {value}"

@@ -46,7 +46,10 @@ KEYS = st.sampled_from(
 )
 VALUES = st.recursive(
     SCALARS,
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS | st.integers(), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(KEYS | st.integers() | st.text(max_size=3), inner, max_size=3)
+    ),
     max_leaves=8,
 )
 PLACES = ["merge_method", "base_model", "models", "slices", "parameters", "dtype", "out_dtype", "fidelity"]

@@ -101,6 +101,8 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
     ("ties", {"models": []}, "models must not be empty"),
     ("ties", {"models": "org/a"}, "models must be a list, not 'org/a'"),
     ("ties", {"models.0": "org/a"}, "models.0 must be a mapping, not 'org/a'; write model: org/a"),
+    ("ties", {"models.0": "a\nb"}, "models.0 must be a mapping, not 'a\\nb'"),
+    ("ties", {"a\nb": 1}, "'a\\nb' is not a key of a merge configuration; known here: merge_method"),
     ("ties", {"models.0": None}, "models.0 must be a mapping, not null"),
     ("ties", {"models.0.model": ...}, "models.0.model is missing; name a folder or a hub id"),
     ("ties", {"models.0.model": 5}, "models.0.model must be text, not 5"),
