@@ -160,6 +160,18 @@ def _declare_merge(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--shard-size", default="5GB", metavar="SIZE", help="bytes of a file of weights, at most (5GB)"
     )
+    parser.add_argument(
+        "--sweep",
+        action="store_true",
+        help="merge at every point of a grid of densities and weights, in one pass over the models",
+    )
+    parser.add_argument("--densities", metavar="P,P", help="the grid's densities (0.2,0.5,0.8)")
+    parser.add_argument("--weights", metavar="W,W", help="factors of every weight (0.2,0.4,0.6,0.8,1)")
+    parser.add_argument(
+        "--score",
+        metavar="MODULE:FUNCTION",
+        help="called with each model's folder; OUT becomes the model with the highest number",
+    )
 
 
 def _merge(options: argparse.Namespace) -> None:
@@ -171,6 +183,10 @@ def _merge(options: argparse.Namespace) -> None:
         overwrite=options.overwrite,
         dry_run=options.dry_run,
         shard_size=options.shard_size,
+        sweep=options.sweep,
+        densities=options.densities,
+        weights=options.weights,
+        score=options.score,
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -14,7 +14,7 @@ from trimtab.ops.interpolate import CHUNK, slerp_coefficients
 from trimtab.ops.layout import Layout
 from trimtab.ops.masks import MaskKey, Place
 from trimtab.ops.select import Magnitudes, Streamed, cuts
-from trimtab.ops.sparsify import Cut, Thinning, l1_ratio, thin, top_count
+from trimtab.ops.sparsify import Counting, Cut, Thinning, l1_ratio, thin, top_count
 
 BLOCK = 1 << 17
 """Entries worked on at a time: the temporaries stay in the caches."""
@@ -73,6 +73,11 @@ class Task:
     stored: bool = False
     how: tuple[Thinning, ...] = field(default=())
 
+    @property
+    def counting(self) -> Counting:
+        """How k follows from a rate, for ``top``."""
+        return self.operator.counting if self.operator else "ceil"
+
     def ranges(self) -> Iterator[tuple[int, int]]:
         """The ranges of :data:`BLOCK` entries, and the rest."""
         return _ranges(self.count, BLOCK)
@@ -91,34 +96,55 @@ class Task:
         return Streamed(lambda: self.deltas(term), self.count, self.dtype)
 
 
-def decided(task: Task, found: Sequence[Cut | None] = ()) -> Task:
+Cuts = Mapping[tuple[int, float], Cut]
+"""Where ``top`` cuts the delta of a model (its place) at a rate."""
+
+
+def decided(tasks: Sequence[Task], found: Cuts | None = None) -> list[Task]:
     """Decide what F does to each delta; that takes passes over the inputs where F selects or restores norms.
 
     Args:
-        task: an output tensor.
-        found: where ``top`` cuts each delta, where that was decided over more than this tensor.
+        tasks: one output tensor, with one or several sets of weights and rates: what they share is decided
+            once, and all rates of a model are selected in the same passes.
+        found: where ``top`` cuts, where that was decided over more than this tensor.
     """
+    cut = _cuts(tasks) if found is None else found
+    known: dict[tuple[int, float], Thinning] = {}
+    for task in tasks:
+        for term in task.terms:
+            at = term.place, term.rate
+            if at not in known:
+                known[at] = _thinning(task, term, cut.get(at))
+    return [replace(task, how=tuple(known[t.place, t.rate] for t in task.terms)) for task in tasks]
+
+
+def _cuts(tasks: Sequence[Task]) -> dict[tuple[int, float], Cut]:
+    """Where ``top`` cuts each model's delta in this tensor, at each of its rates."""
+    rates: dict[int, dict[float, tuple[Task, Term]]] = {}
+    for task in tasks:
+        if task.operator is not None and task.operator.sparsify == "top":
+            for term in task.terms:
+                if 0 < term.rate < 1 and task.count:
+                    rates.setdefault(term.place, {})[term.rate] = task, term
+    found = {}
+    for place, asked in rates.items():
+        task, term = next(iter(asked.values()))
+        counts = [top_count(task.count, rate, task.counting) for rate in asked]
+        for rate, cut in zip(asked, cuts([task.magnitudes(term)], counts), strict=True):
+            found[place, rate] = cut[0]
+    return found
+
+
+def _thinning(task: Task, term: Term, cut: Cut | None) -> Thinning:
     operator = task.operator
-    if operator is None or operator.sparsify == "none":
-        return replace(task, how=(Thinning(),) * len(task.terms))
-    given = [*found] or [None] * len(task.terms)
-    return replace(
-        task, how=tuple(_thinning(task, operator, t, cut) for t, cut in zip(task.terms, given, strict=True))
-    )
-
-
-def _thinning(task: Task, operator: Operator, term: Term, cut: Cut | None) -> Thinning:
-    if term.rate == 1 or task.count == 0:
+    if operator is None or operator.sparsify == "none" or term.rate == 1 or task.count == 0:
         return Thinning()
     if term.rate == 0:
         return Thinning(factor=0.0)
     if operator.sparsify == "bernoulli":
         how = Thinning(term.rate, key=mask_key(task.seed, term.place, task.name))
-    elif cut is not None:
-        how = Thinning(term.rate, cut=cut)
     else:
-        count = top_count(task.count, term.rate, operator.counting)
-        how = Thinning(term.rate, cut=cuts([task.magnitudes(term)], [count])[0][0])
+        how = Thinning(term.rate, cut=cut)
     if operator.rescale == "expected":
         return replace(how, factor=1.0 / term.rate)
     if operator.rescale == "none":

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import re
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
@@ -26,6 +29,10 @@ def run(
     overwrite: bool = False,
     dry_run: bool = False,
     shard_size: str = "5GB",
+    sweep: bool = False,
+    densities: str | None = None,
+    weights: str | None = None,
+    score: str | None = None,
     console: Console | None = None,
 ) -> None:
     """Merge models and say where the result is.
@@ -36,6 +43,10 @@ def run(
         overwrite: replace a model that lies there.
         dry_run: print the plan, the size and the time it would take, and write nothing.
         shard_size: bytes of a file of weights, at most.
+        sweep: merge at every point of a grid.
+        densities: the grid's densities, divided by commas.
+        weights: what the grid multiplies weights by, divided by commas.
+        score: ``module:function``, called with each model's folder.
         console: where to print; default stdout.
 
     Raises:
@@ -43,6 +54,15 @@ def run(
     """
     console = console or Console()
     target, limit = Path(out).expanduser(), parse_size(shard_size)
+    given = {"--densities": densities, "--weights": weights, "--score": score}
+    if sweep:
+        if dry_run:
+            raise UserError("--dry-run shows one merge; give it without --sweep")
+        _sweep(config, target, densities, weights, score, overwrite, limit, console)
+        return
+    alone = [name for name, value in given.items() if value is not None]
+    if alone:
+        raise UserError(f"{alone[0]} belongs to --sweep; give that too")
     check_out(target, overwrite=overwrite)
     plan = make_plan(load_config(config))
     for note in plan.notes:
@@ -55,6 +75,76 @@ def run(
     path = run_plan(plan, target, shard_size=limit, progress=True)
     written = f"{plan.size / 1e9:.3f} GB in {len(plan.outputs)} tensors"
     console.print(f"{written}: {escape(str(path))}", soft_wrap=True)
+
+
+def _sweep(
+    config: str,
+    out: Path,
+    densities: str | None,
+    weights: str | None,
+    score: str | None,
+    overwrite: bool,
+    shard_size: int,
+    console: Console,
+) -> None:
+    from trimtab.merge import sweep
+
+    result = sweep.sweep(
+        config,
+        out,
+        densities=None if densities is None else parse_numbers("--densities", densities),
+        weights=sweep.WEIGHTS if weights is None else parse_numbers("--weights", weights),
+        score=None if score is None else named_function(score),
+        overwrite=overwrite,
+        shard_size=shard_size,
+        progress=True,
+    )
+    table = Table(title=f"{result['method']}, fidelity {result['fidelity']}", title_justify="left")
+    for column in ("density", "weight", *(["score"] if score else [])):
+        table.add_column(column, justify="right")
+    for point in result["points"]:
+        values = [point["density"], point["weight"], *([point["score"]] if score else [])]
+        table.add_row(*("–" if value is None else f"{value:g}" for value in values))
+    console.print(table)
+    kept = f"the best, {result['best']}" if score else f"{len(result['points'])} models"
+    console.print(f"{kept}: {escape(str(out))}", soft_wrap=True)
+
+
+def parse_numbers(option: str, text: str) -> list[float]:
+    """Read numbers that are divided by commas.
+
+    Raises:
+        UserError: one is none.
+
+    Examples:
+        >>> parse_numbers("--weights", "0.2, 1")
+        [0.2, 1.0]
+    """
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(f"{option} {text!r} is no list of numbers; write them as 0.2,0.5,0.8") from None
+
+
+def named_function(text: str) -> Callable[[Path], float]:
+    """Import what ``module:function`` names; modules of the current folder count.
+
+    Raises:
+        UserError: there is no such thing.
+    """
+    module, colon, name = text.partition(":")
+    if not colon or not module or not name:
+        raise UserError(f"--score {text!r} names no function; write module:function")
+    sys.path.insert(0, "")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"--score {text!r} cannot be imported: {error}") from None
+    finally:
+        sys.path.remove("")
+    if not callable(found):
+        raise UserError(f"--score {text!r} is no function")
+    return found  # type: ignore[no-any-return]
 
 
 def parse_size(text: str) -> int:
@@ -98,8 +188,8 @@ def show(plan: Plan, estimate: Estimate, console: Console) -> None:
     console.print(f"reads   {plan.reading / 1e9:.3f} GB")
     console.print(f"writes  {plan.size / 1e9:.3f} GB in {len(plan.outputs)} tensors ({dtypes})")
     console.print(
-        f"takes   about {estimate.seconds:.0f} s on this machine ({estimate.rate / 1e6:.0f} million entries a "
-        "second, measured on a sample; files that are not cached have to be read besides)",
+        f"takes   about {estimate.seconds:.0f} s on this machine ({estimate.rate / 1e6:.0f} million entries "
+        "a second, measured on a sample; files that are not cached have to be read besides)",
         soft_wrap=True,
     )
 

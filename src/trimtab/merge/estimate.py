@@ -43,7 +43,7 @@ def estimated(plan: Plan) -> Estimate:
         for low, high in part.ranges():
             interpolated(part, factors, low, high)
     else:
-        ready = decided(part)
+        ready = decided([part])[0]
         for low, high in part.ranges():
             computed(ready, low, high)
     rate = count / (time.perf_counter() - began) * max(1, torch.get_num_threads())

@@ -301,12 +301,12 @@ class _Planner:
             low, high = source.layers or (0, count)
             if high > count:
                 raise UserError(f"layer_range {[low, high]} of {source.model}: it has {count} layers")
-            starts[source] = f"{own}{low + index}."
+            starts[source.model] = f"{own}{low + index}."
         leader = slice_.sources[0]
         for key in self.inputs[self.place[leader.model]].keys():  # noqa: SIM118
-            if key.startswith(starts[leader]) and not key.endswith(_IGNORED):
-                rest = key.removeprefix(starts[leader])
-                sources = [(source, starts[source] + rest) for source in slice_.sources]
+            if key.startswith(starts[leader.model]) and not key.endswith(_IGNORED):
+                rest = key.removeprefix(starts[leader.model])
+                sources = [(source, starts[source.model] + rest) for source in slice_.sources]
                 yield self._output(f"{prefix}{at}.{rest}", sources, slice_, position)
 
     def _find_extra(self) -> None:

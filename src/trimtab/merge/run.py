@@ -1,12 +1,12 @@
-"""The merge itself: tensor after tensor, range after range, from mapped files to a growing one."""
+"""The merge itself: tensor after tensor, range after range, from mapped files to growing ones."""
 
 from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from itertools import repeat
 from pathlib import Path
@@ -15,18 +15,12 @@ import torch
 from torch import Tensor
 
 from trimtab.delta.progress import progress_bar
-from trimtab.errors import UserError
-from trimtab.merge.arithmetic import Read, Task, coefficients, computed, decided, interpolated
+from trimtab.merge.arithmetic import Cuts, Read, Task, coefficients, computed, decided, interpolated
 from trimtab.merge.card import model_card
+from trimtab.merge.checks import check_different, finite, reading, same_whole_numbers
 from trimtab.merge.config import MergeConfig, load_config
-from trimtab.merge.folder import (
-    check_inputs_apart,
-    check_out,
-    check_space,
-    growing,
-    write_surroundings,
-)
-from trimtab.merge.plan import Origin, Output, Plan, make_plan
+from trimtab.merge.folder import check_inputs_apart, check_out, check_space, growing, write_surroundings
+from trimtab.merge.plan import Output, Plan, make_plan
 from trimtab.merge.writer import Shard, ShardWriter, sharded, write_index
 from trimtab.ops.fingerprint import combined_digest
 from trimtab.ops.select import cuts
@@ -80,78 +74,117 @@ def merge(
 
 def run_plan(plan: Plan, out: Path, *, shard_size: int = SHARD_SIZE, progress: bool = False) -> Path:
     """Carry out a plan; arguments as for :func:`merge`."""
-    check_inputs_apart(out, plan)
-    check_space(out, plan.size)
-    shards = sharded([output.entry for output in plan.outputs], shard_size)
-    fingerprints = tuple(model.fingerprint() for model in plan.inputs)
-    digest = combined_digest([plan.config.text, repr(shards), *fingerprints])
-    with ExitStack() as stack:
-        bar = stack.enter_context(progress_bar("merging")) if progress else _silent
-        threads = max(1, torch.get_num_threads())
-        pool = stack.enter_context(ThreadPoolExecutor(threads, "merge", _one_thread))
-        writing = stack.enter_context(ThreadPoolExecutor(1, "write"))
-        _check_different(plan)
-        folder = stack.enter_context(growing(out, digest, shards))
-        runner = Runner(plan, pool, writing, bar)
-        for shard in shards:
-            if (folder / shard.file).is_file():
-                runner.skip(shard)
-            else:
-                runner.write(folder, shard)
-        write_index(folder, shards)
-        write_surroundings(folder, plan, model_card(plan, fingerprints, out.name))
+    run_plans([plan], [out], shard_size=shard_size, progress=progress)
     return out
 
 
-class Runner:
-    """Computes a plan's tensors and writes them.
+def run_plans(
+    plans: Sequence[Plan], outs: Sequence[Path], *, shard_size: int = SHARD_SIZE, progress: bool = False
+) -> None:
+    """Carry out plans that differ in weights and rates alone, in one pass over their inputs.
 
     Args:
-        plan: the merge.
+        plans: of the same inputs and output tensors, and of one method.
+        outs: a folder to write for each.
+        shard_size: as for :func:`merge`.
+        progress: as for :func:`merge`.
+    """
+    first = plans[0]
+    for out in outs:
+        check_inputs_apart(out, first)
+    check_space(outs[0], sum(plan.size for plan in plans))
+    check_different(first)
+    shards = sharded([output.entry for output in first.outputs], shard_size)
+    fingerprints = tuple(model.fingerprint() for model in first.inputs)
+    with ExitStack() as stack:
+        folders = []
+        for plan, out in zip(plans, outs, strict=True):
+            digest = combined_digest([plan.config.text, repr(plan.outputs), repr(shards), *fingerprints])
+            folders.append(stack.enter_context(growing(out, digest, shards)))
+        bar = stack.enter_context(progress_bar("merging")) if progress else _silent
+        runner = stack.enter_context(running(plans, bar))
+        for shard in shards:
+            if all((folder / shard.file).is_file() for folder in folders):
+                runner.skip(shard)
+            else:
+                runner.write(folders, shard)
+        for plan, folder, out in zip(plans, folders, outs, strict=True):
+            write_index(folder, shards)
+            write_surroundings(folder, plan, model_card(plan, fingerprints, out.name))
+
+
+@contextmanager
+def running(plans: Sequence[Plan], progress: Progress) -> Iterator[Runner]:
+    """Yield what computes and writes, with its threads."""
+    threads = max(1, torch.get_num_threads())
+    with ThreadPoolExecutor(threads, "merge", _one_thread) as pool, ThreadPoolExecutor(1, "write") as writing:
+        yield Runner(plans, pool, writing, progress)
+
+
+class Runner:
+    """Computes the tensors of plans and writes them.
+
+    Args:
+        plans: as for :func:`run_plans`.
         pool: computes.
         writing: writes; one thread, so that the order stays.
         progress: is told how far it is.
     """
 
     def __init__(
-        self, plan: Plan, pool: ThreadPoolExecutor, writing: ThreadPoolExecutor, progress: Progress
+        self,
+        plans: Sequence[Plan],
+        pool: ThreadPoolExecutor,
+        writing: ThreadPoolExecutor,
+        progress: Progress,
     ) -> None:
-        self._plan = plan
+        self._plans = plans
         self._pool, self._writing, self._progress = pool, writing, progress
-        self._outputs = {output.entry.key: output for output in plan.outputs}
-        self._cuts = global_cuts(plan) if plan.preset.scope == "model" else {}
+        self._place = {output.entry.key: number for number, output in enumerate(plans[0].outputs)}
+        self._cuts = model_cuts(plans) if plans[0].preset.scope == "model" else None
         self._buffers: dict[torch.dtype, list[_Buffer]] = {}
-        self._done = 0
+        self._done, self._total = 0, sum(plan.size for plan in plans)
 
     def skip(self, shard: Shard) -> None:
         """Count a file that was complete already."""
-        self._done += shard.size
-        self._progress(shard.file, self._done, self._plan.size)
+        self._done += shard.size * len(self._plans)
+        self._progress(shard.file, self._done, self._total)
 
-    def write(self, folder: Path, shard: Shard) -> None:
-        """Compute the tensors of one file and write them."""
-        with ShardWriter(folder, shard) as writer:
+    def write(self, folders: Sequence[Path], shard: Shard) -> None:
+        """Compute the tensors of one file of each output and write them."""
+        with ExitStack() as stack:
+            writers = [stack.enter_context(ShardWriter(folder, shard)) for folder in folders]
+            stack.callback(self._settle)
             for entry in shard.entries:
-                for chunk in self._chunks(self._outputs[entry.key]):
-                    chunk.written = self._writing.submit(writer.write, chunk.values)
-                    self._done += chunk.values.numel() * entry.dtype.itemsize
-                    self._progress(entry.key, self._done, self._plan.size)
-            for buffers in self._buffers.values():
-                for buffer in buffers:
-                    buffer.wait()
+                works = self._prepared(self._place[entry.key])
+                for low in range(0, entry.count, CHUNK):
+                    high = min(low + CHUNK, entry.count)
+                    for writer, work in zip(writers, works, strict=True):
+                        self._chunk(writer, work, entry.dtype, low, high)
+                    self._progress(entry.key, self._done, self._total)
 
-    def _chunks(self, output: Output) -> Iterator[_Buffer]:
-        """One output tensor in order; a chunk's memory is used again for the one after the next."""
-        work = _prepared(self._plan, output, self._cuts.get(output.entry.key, ()))
-        count = output.entry.count
-        for low in range(0, count, CHUNK):
-            high = min(low + CHUNK, count)
-            buffer = self._buffer(output.entry.dtype, high - low)
-            pieces = [(at, min(at + PIECE, high)) for at in range(low, high, PIECE)]
-            parts = torch.split(buffer.values, PIECE)
-            for _ in self._pool.map(_compute, repeat(work), parts, pieces):
-                pass
-            yield buffer
+    def _chunk(self, writer: ShardWriter, work: Read, dtype: torch.dtype, low: int, high: int) -> None:
+        """Compute a range with all threads and have it written, while the next one is computed."""
+        buffer = self._buffer(dtype, high - low)
+        pieces = [(at, min(at + PIECE, high)) for at in range(low, high, PIECE)]
+        for _ in self._pool.map(_compute, repeat(work), torch.split(buffer.values, PIECE), pieces):
+            pass
+        buffer.written = self._writing.submit(writer.write, buffer.values)
+        self._done += buffer.values.numel() * dtype.itemsize
+
+    def _prepared(self, number: int) -> list[Read]:
+        """What computes a range of an output tensor in each plan; what needs the whole of it is decided."""
+        outputs = [plan.outputs[number] for plan in self._plans]
+        if outputs[0].copied:
+            return [same_whole_numbers(self._plans[0], outputs[0])] * len(outputs)
+        if outputs[0].operator is None:
+            return [_interpolating(plan, output) for plan, output in zip(self._plans, outputs, strict=True)]
+        tasks = [plan.task(output) for plan, output in zip(self._plans, outputs, strict=True)]
+        found = None if self._cuts is None else self._cuts.get(number, {})
+        return [
+            _merging(plan, output, task)
+            for plan, output, task in zip(self._plans, outputs, decided(tasks, found), strict=True)
+        ]
 
     def _buffer(self, dtype: torch.dtype, count: int) -> _Buffer:
         """The memory that was written longest ago."""
@@ -161,6 +194,12 @@ class Runner:
         buffer.wait()
         buffer.take(count)
         return buffer
+
+    def _settle(self) -> None:
+        """Wait until everything has been written."""
+        for buffers in self._buffers.values():
+            for buffer in buffers:
+                buffer.wait()
 
 
 class _Buffer:
@@ -179,128 +218,67 @@ class _Buffer:
 
     def wait(self) -> None:
         """Wait until what is in it has been written."""
-        if self.written is not None:
-            self.written.result()
-            self.written = None
+        written, self.written = self.written, None
+        if written is not None:
+            written.result()
 
 
-def _compute(work: Callable[[int, int], Tensor], part: Tensor, piece: tuple[int, int]) -> None:
+def _compute(work: Read, part: Tensor, piece: tuple[int, int]) -> None:
     part.copy_(work(*piece))
 
 
-def _prepared(plan: Plan, output: Output, found: Sequence[Cut | None]) -> Callable[[int, int], Tensor]:
-    """What computes a range of an output tensor, with everything decided that needs the whole of it."""
-    if output.copied:
-        return _copying(plan, output)
-
-    def checked(origin: Origin, read: Read) -> Read:
-        label = plan.inputs[origin.model].label
-        return lambda low, high: _finite(read(low, high), f"tensor {origin.key!r} of {label} holds")
-
-    task = plan.task(output, checked)
-    if task.operator is None:
-        factors = coefficients(task)
-        work: Callable[[int, int], Tensor] = lambda low, high: interpolated(task, factors, low, high)  # noqa: E731
-    else:
-        ready = replace(decided(plan.task(output), found), terms=task.terms, base=task.base)
-        work = lambda low, high: computed(ready, low, high)  # noqa: E731
-    what = f"merging {output.entry.key!r} in {_name(output.entry.dtype)} gives"
-    return lambda low, high: _finite(work(low, high).to(output.entry.dtype), what)
+def _merging(plan: Plan, output: Output, task: Task) -> Read:
+    """What computes a range of an output tensor, given what F does to each delta."""
+    checked = plan.task(output, lambda origin, read: reading(plan, origin, read))
+    ready = replace(task, terms=checked.terms, base=checked.base)
+    return _stored(output, lambda low, high: computed(ready, low, high))
 
 
-def _copying(plan: Plan, output: Output) -> Callable[[int, int], Tensor]:
-    reads = [(plan.inputs[one.model], one.key) for one in output.origins()]
-
-    def same(low: int, high: int) -> Tensor:
-        values = [model.read(key, low, high) for model, key in reads]
-        for (model, _), other in zip(reads[1:], values[1:], strict=True):
-            if not torch.equal(values[0], other):
-                raise UserError(
-                    f"{output.entry.key!r} holds whole numbers, which are not merged, and they differ "
-                    f"between {reads[0][0].label} and {model.label}"
-                )
-        return values[0]
-
-    return same
+def _interpolating(plan: Plan, output: Output) -> Read:
+    task = plan.task(output, lambda origin, read: reading(plan, origin, read))
+    factors = coefficients(task)
+    return _stored(output, lambda low, high: interpolated(task, factors, low, high))
 
 
-def _finite(values: Tensor, what: str) -> Tensor:
-    """The values, if none is NaN or infinite."""
-    if values.numel():
-        least, most = torch.aminmax(values)
-        if not (least.isfinite() and most.isfinite()):
-            wrong = values[~values.isfinite()]
-            raise UserError(f"{what} {wrong[0].item()}; a merge needs finite weights")
-    return values
+def _stored(output: Output, work: Read) -> Read:
+    """The values in the output's dtype, checked to be finite there."""
+    dtype = output.entry.dtype
+    what = f"merging {output.entry.key!r} in {str(dtype).removeprefix('torch.')} gives"
+    return lambda low, high: finite(work(low, high).to(dtype), what)
 
 
-def global_cuts(plan: Plan) -> dict[str, tuple[Cut | None, ...]]:
-    """Where ``top`` cuts the deltas of models whose entries are ranked over all their tensors together.
+def model_cuts(plans: Sequence[Plan]) -> Mapping[int, Cuts]:
+    """Where ``top`` cuts deltas whose entries are ranked over all tensors of a model together.
 
-    The tensors that a model has the same density in are ranked as one, in the order of the output (TIES,
-    arXiv 2306.01708, Algorithm 1, trims the task vector as a whole).
+    The tensors in which a model has the same rate are ranked as one, in the order of the output (TIES, arXiv
+    2306.01708, Algorithm 1, trims the task vector as a whole).
 
     Returns:
-        The cuts of each output tensor: one for each of its parts.
+        The number of an output tensor -> its cuts.
     """
-    groups: dict[tuple[int, float, torch.dtype], list[tuple[str, int, Task]]] = defaultdict(list)
-    found: dict[str, list[Cut | None]] = {}
-    for output in plan.outputs:
-        if output.copied or output.operator is None or output.operator.sparsify != "top":
-            continue
-        task = plan.task(output)
-        found[output.entry.key] = [None] * len(task.terms)
-        for number, term in enumerate(task.terms):
-            if 0 < term.rate < 1 and task.count:
-                groups[term.place, term.rate, task.dtype].append((output.entry.key, number, task))
-    for (_, rate, _), members in groups.items():
-        magnitudes = [task.magnitudes(task.terms[number]) for _, number, task in members]
-        total = sum(one.total for one in magnitudes)
-        count = top_count(total, rate, members[0][2].operator.counting)  # type: ignore[union-attr]
-        for (key, number, _), cut in zip(members, cuts(magnitudes, [count])[0], strict=True):
-            found[key][number] = cut
-    return {key: tuple(one) for key, one in found.items()}
-
-
-def _check_different(plan: Plan) -> None:
-    """Refuse a model that is the base: it has no delta.
-
-    Raises:
-        UserError: names it.
-    """
-    if not plan.preset.anchored:
-        return
-    waiting = {part.origin.model for output in plan.outputs for part in output.parts}
-    for output in plan.outputs:
-        for part in output.parts:
-            if part.origin.model in waiting and output.base is not None:
-                reads = [_plain(plan, one) for one in (output.base, part.origin)]
-                if not _equal(reads[0], reads[1], output.entry.count):
-                    waiting.discard(part.origin.model)
-        if not waiting:
-            return
-    base = plan.inputs[plan.outputs[0].base.model].label if plan.outputs[0].base else "the base"
-    names = ", ".join(plan.inputs[place].label for place in sorted(waiting))
-    raise UserError(
-        f"{names} equals the base {base} in every entry, so there is nothing to merge in; give the model "
-        "that was tuned from it"
-    )
-
-
-def _plain(plan: Plan, origin: Origin) -> Read:
-    model = plan.inputs[origin.model]
-    return lambda low, high: model.read(origin.key, low, high)
-
-
-def _equal(one: Read, other: Read, count: int) -> bool:
-    """Whether two tensors are equal; a difference is mostly found at once."""
-    low, size = 0, 1 << 10
-    while low < count:
-        high = min(low + size, count)
-        if not torch.equal(one(low, high).to(torch.float64), other(low, high).to(torch.float64)):
-            return False
-        low, size = high, min(size * 4, PIECE)
-    return True
+    groups: dict[tuple[int, torch.dtype, tuple[int, ...]], set[float]] = defaultdict(set)
+    tasks: dict[int, Task] = {}
+    for plan in plans:
+        members: dict[tuple[int, torch.dtype, float], list[int]] = defaultdict(list)
+        for number, output in enumerate(plan.outputs):
+            if output.copied or output.operator is None or output.operator.sparsify != "top":
+                continue
+            tasks[number] = plan.task(output)
+            for part in output.parts:
+                if 0 < part.rate < 1 and output.entry.count:
+                    members[part.origin.model, output.dtype, part.rate].append(number)
+        for (place, dtype, rate), own in members.items():
+            groups[place, dtype, tuple(own)].add(rate)
+    found: dict[int, dict[tuple[int, float], Cut]] = defaultdict(dict)
+    for (place, _, numbers), rates in groups.items():
+        ranked = [tasks[number] for number in numbers]
+        magnitudes = [task.magnitudes(next(t for t in task.terms if t.place == place)) for task in ranked]
+        total, asked = sum(one.total for one in magnitudes), sorted(rates)
+        counts = [top_count(total, rate, ranked[0].counting) for rate in asked]
+        for rate, found_there in zip(asked, cuts(magnitudes, counts), strict=True):
+            for number, cut in zip(numbers, found_there, strict=True):
+                found[number][place, rate] = cut
+    return found
 
 
 def _one_thread() -> None:
@@ -309,7 +287,3 @@ def _one_thread() -> None:
 
 def _silent(name: str, done: int, total: int) -> None:
     return None
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
