@@ -156,11 +156,8 @@ def at_point(plan: Plan, point: Point) -> Plan:
         )
         for output in plan.outputs
     )
-    values = {"weight": f"every weight × {point.weight:g}", "density": point.density}
-    said = yaml.safe_dump({name: value for name, value in values.items() if value is not None})
-    comment = "".join(
-        f"# {line}\n" for line in ("point of a sweep over the configuration below:", *said.splitlines())
-    )
+    density = "" if point.density is None else f"density {point.density:g}, "
+    comment = f"# A point of a sweep: {density}every weight × {point.weight:g}.\n"
     return replace(plan, outputs=outputs, config=replace(plan.config, text=comment + plan.config.text))
 
 
