@@ -211,7 +211,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "merge": Command(
         "Merge models: linear, task arithmetic, TIES, DARE, slerp or hma, in memory that does not grow.",
-        "trimtab merge recipes/merge-ties.yaml merged --dry-run",
+        "trimtab merge recipes/merge/ties.yaml merged --dry-run",
         _declare_merge,
         _merge,
     ),
