@@ -52,13 +52,15 @@ def same_files(ours: Path, theirs: Path) -> bool:
 
 def tokens_of(folder: Path) -> dict[str, int]:
     """Token -> id; from ``tokenizer.json`` itself where there is one, since that is ten times as fast."""
-    if not (folder / "tokenizer.json").is_file():
-        tokens: dict[str, int] = load(folder).get_vocab()
-        return tokens
-    stated = read_json(folder / "tokenizer.json")
-    listed = stated.get("model", {}).get("vocab", {})
-    tokens = dict(listed) if isinstance(listed, dict) else {pair[0]: id_ for id_, pair in enumerate(listed)}
-    return {**tokens, **{token["content"]: token["id"] for token in stated.get("added_tokens") or ()}}
+    path = folder / "tokenizer.json"
+    stated = read_json(path) if path.is_file() else {}
+    try:
+        listed, added = stated["model"]["vocab"], stated["added_tokens"]
+        tokens = {token: id_ for id_, (token, _) in enumerate(listed)} if isinstance(listed, list) else listed
+        return {**tokens, **{token["content"]: token["id"] for token in added}}
+    except (KeyError, TypeError, ValueError):  # another format: the library says what it is, or what is wrong
+        found: dict[str, int] = load(folder).get_vocab()
+        return found
 
 
 def add_all(tokenizer: Any, others: Sequence[tuple[Any, int]]) -> None:
@@ -68,7 +70,7 @@ def add_all(tokenizer: Any, others: Sequence[tuple[Any, int]]) -> None:
         tokenizer: what they are added to; its ids stay.
         others: tokenizers, each with its model's number of rows; tokens beyond those are left out.
     """
-    present = set(tokenizer.get_vocab())
+    present, has = set(tokenizer.get_vocab()), set(tokenizer.added_tokens_encoder)
     added: dict[str, Any] = {}
     ordinary: dict[str, None] = {}
     for other, limit in others:
@@ -80,7 +82,7 @@ def add_all(tokenizer: Any, others: Sequence[tuple[Any, int]]) -> None:
         by_id = sorted(other.get_vocab().items(), key=lambda item: item[1])
         ordinary |= dict.fromkeys(token for token, id_ in by_id if id_ < limit and token not in known)
     tokenizer.add_tokens([token for token in ordinary if token not in present and token not in added])
-    tokenizer.add_tokens(list(added.values()))
+    tokenizer.add_tokens([token for content, token in added.items() if content not in has])
 
 
 def cut(tokenizer: Any, limit: int, label: str) -> Any:
@@ -112,6 +114,9 @@ def cut(tokenizer: Any, limit: int, label: str) -> Any:
     model["vocab"] = {token: id_ for token, id_ in model["vocab"].items() if token not in beyond}
     model["merges"] = [pair for pair in model["merges"] if not beyond.intersection(_pair(pair))]
     tokenizer._tokenizer = Tokenizer.from_str(json.dumps(stated))
+    for name, token in tokenizer.special_tokens_map.items():
+        if isinstance(token, str) and token in beyond:  # else saving and loading would add it again
+            setattr(tokenizer, name, None)
     return tokenizer
 
 
