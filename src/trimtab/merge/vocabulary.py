@@ -148,8 +148,10 @@ class Aligned:
 
     def read(self, key: str, low: int, high: int) -> Tensor:
         """Entries of one tensor, in the output's order; no more than the rows they lie in are made."""
-        if key not in self._members or low >= high:
+        if key not in self._members:
             return self._model.read(key, low, high)
+        if low >= high:
+            return torch.empty(0, dtype=self.dtype(key))
         columns = math.prod(self._model.shape(key)[1:])
         first, last = low // columns, -(-high // columns)
         own = self._vocabulary.rows[self._index][first:last]
