@@ -124,8 +124,13 @@ class Adapted:
         left = (left.T if change.turned else left).to(wide).contiguous()
         right = self._whole_right(change, wide)
         delta = torch.empty(stop - start, columns, dtype=wide)
-        for row in range(0, stop - start, _BLOCK):
-            torch.mm(left[row : row + _BLOCK], right, out=delta[row : row + _BLOCK])
+        blocks = len(left) // _BLOCK
+        full = blocks * _BLOCK
+        if blocks:  # one call for all: threads meet once
+            parts = left[:full].view(blocks, _BLOCK, -1)
+            torch.bmm(parts, right.expand(blocks, -1, -1), out=delta[:full].view(blocks, _BLOCK, -1))
+        if full < len(left):  # the weight's last rows
+            torch.mm(left[full:], right, out=delta[full:])
         return delta[first - start : last - start].mul_(change.scaling)
 
     def _whole_right(self, change: Change, wide: torch.dtype) -> Tensor:
