@@ -3,6 +3,7 @@
  * Compiled at first use (build.py), called through ctypes (native.py). The calling threads take items of work from a
  * counter; nobody waits for anybody here. The numbers are those of ops/kernels/torch_engine.py, bit for bit. */
 #include "native/copy.h"
+#include "native/rank.h"
 #include "native/select.h"
 
 static int64_t chunks_of(const Job *job) { return (job->entries + CHUNK - 1) / CHUNK; }
@@ -176,6 +177,16 @@ void trimtab_copy(Copies *all) {
 /* What this build is: sizes for native.py to check, and what it can. */
 int64_t trimtab_size(int64_t of) {
     return of == 0 ? (int64_t)sizeof(Job) : of == 1 ? (int64_t)sizeof(Settings) : of == 2 ? (int64_t)sizeof(Plan) : of == 3 ? (int64_t)sizeof(Copies) : TRIMTAB_HALF;
+}
+
+/* Offline merging (merging.py): ranges of tensors, by any number of threads at once. */
+void trimtab_merge(Merge *merge) { merge_range(merge); }
+void trimtab_sum(Merge *merge) { sum_range(merge); }
+void trimtab_survey(Ranked *ranked) { survey_of(ranked); }
+int64_t trimtab_histogram(const Ranked *ranked) { return histogram_of(ranked); }
+void trimtab_l1(const Ranked *ranked) { l1_of(ranked); }
+int64_t trimtab_merge_size(int64_t of) {
+    return of == 0 ? (int64_t)sizeof(Term) : of == 1 ? (int64_t)sizeof(Merge) : (int64_t)sizeof(Ranked);
 }
 
 const char *trimtab_vectors(void) { return VEC_NAME; }

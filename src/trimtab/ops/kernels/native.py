@@ -13,11 +13,9 @@ from a counter: the calling thread takes part, and nobody spins.
 from __future__ import annotations
 
 import ctypes
-import os
 import re
 from array import array
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache, lru_cache
 from typing import Any
 
@@ -26,8 +24,9 @@ from torch import Tensor
 
 from trimtab.ops.combine import Operator
 from trimtab.ops.formats import DenseTau, Int8Tau, SparseTau
-from trimtab.ops.kernels.build import SOURCES, BuildError, library
+from trimtab.ops.kernels.build import SOURCES
 from trimtab.ops.kernels.job import Job, Settings, Stored
+from trimtab.ops.kernels.loaded import load, together
 from trimtab.ops.kernels.torch_engine import TorchEngine
 from trimtab.ops.layout import Layout
 from trimtab.ops.masks import FIRST_MOMENT, ROUNDING, UPDATE, MaskKey
@@ -362,18 +361,10 @@ def copy_all(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
     plan[fields["count"]] = len(pairs)
     address = plan.buffer_info()[0]
     pieces = found.trimtab_copy_begin(address)
-    _together(found.trimtab_copy, address, min(pieces, torch.get_num_threads()))
+    together(found.trimtab_copy, address, min(pieces, torch.get_num_threads()))
 
 
 # -- threads
-
-
-def _together(work: Any, address: int, threads: int) -> None:
-    """Let so many threads, this one included, work on a plan until nothing of it is left."""
-    others = [_pool().submit(work, address) for _ in range(threads - 1)]
-    work(address)
-    for other in others:
-        other.result()
 
 
 def _work(found: ctypes.CDLL, plan: array[int]) -> None:
@@ -383,19 +374,10 @@ def _work(found: ctypes.CDLL, plan: array[int]) -> None:
         items = found.trimtab_begin(address)
         while items > 0:
             worth = min(items, torch.get_num_threads(), 1 + plan[fields["entries"]] // _PER_THREAD)
-            _together(found.trimtab_work, address, worth)
+            together(found.trimtab_work, address, worth)
             items = found.trimtab_continue(address)
     finally:
         found.trimtab_end(address)
-
-
-@cache
-def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(max(1, (os.cpu_count() or 1) - 1), thread_name_prefix="trimtab")
-
-
-if hasattr(os, "register_at_fork"):  # a child has none of its parent's threads
-    os.register_at_fork(after_in_child=_pool.cache_clear)
 
 
 # -- the library
@@ -432,12 +414,9 @@ _FUNCTIONS = {
 @cache
 def _loaded() -> tuple[ctypes.CDLL | None, str | None]:
     """The library, or why there is none."""
-    try:
-        found = ctypes.CDLL(str(library(_defines())))
-    except BuildError as error:
-        return None, str(error)
-    except OSError as error:
-        return None, f"the compiled CPU kernels cannot be loaded ({error})"
+    found, why = load()
+    if found is None:
+        return None, why
     for name, result in _FUNCTIONS.items():
         function = getattr(found, name)
         function.argtypes = [ctypes.c_int64 if name == "trimtab_size" else ctypes.c_void_p]
@@ -497,10 +476,3 @@ def _same_bits(one: Tensor, other: Tensor) -> bool:
 def _has_half() -> bool:
     found, _ = _loaded()
     return found is not None and bool(found.trimtab_size(4))
-
-
-def _defines() -> list[str]:
-    """What the kernels have to know of this torch: whether its square root is rounded correctly."""
-    x = torch.arange(1, 4097, dtype=torch.float32)
-    correct = torch.equal(x.sqrt(), x.to(torch.float64).sqrt().to(torch.float32))
-    return [] if correct else ["TRIMTAB_SQRT_NEWTON=1"]

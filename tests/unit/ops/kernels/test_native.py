@@ -38,7 +38,7 @@ from trimtab.ops.formats import (
     hold_int8,
     hold_sparse,
 )
-from trimtab.ops.kernels import native
+from trimtab.ops.kernels import build, loaded, native
 from trimtab.ops.kernels.job import Cut, Job, Settings
 from trimtab.ops.kernels.torch_engine import TorchEngine
 from trimtab.ops.layout import Layout
@@ -449,15 +449,15 @@ def test_without_a_library_it_cannot_be_made(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_a_build_that_fails_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(_: Any) -> Any:
-        raise native.BuildError("there is no C compiler (cc, gcc or clang)")
+        raise build.BuildError("there is no C compiler (cc, gcc or clang)")
 
-    monkeypatch.setattr(native, "library", fails)
+    monkeypatch.setattr(loaded, "library", fails)
     assert native._loaded.__wrapped__() == (None, "there is no C compiler (cc, gcc or clang)")
 
 
 def test_a_file_that_is_no_library_is_a_reason(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     (tmp_path / "native.so").write_text("no library")
-    monkeypatch.setattr(native, "library", lambda _: tmp_path / "native.so")
+    monkeypatch.setattr(loaded, "library", lambda _: tmp_path / "native.so")
     found, why = native._loaded.__wrapped__()
     assert found is None
     assert "cannot be loaded" in why
