@@ -79,8 +79,10 @@ def consensus(
     if kind == "linear":  # a weighted mean: an entry of 0 has agreed too; in a vote it has not
         cast = [total.new_full((1,), float(w)) for w in weights]
     else:
+        none = total.new_zeros(())
         cast = [
-            torch.where(part != 0, float(w), 0.0).to(total) for part, w in zip(parts, weights, strict=True)
+            torch.where(part != 0, total.new_full((), float(w)), none)
+            for part, w in zip(parts, weights, strict=True)
         ]
     votes = _sum(cast)
     undivided = total if kind == "sign_or_plus" else torch.zeros_like(total)
@@ -88,7 +90,7 @@ def consensus(
 
 
 def _sum(parts: Sequence[Tensor]) -> Tensor:
-    """The sum from left to right; of 16-bit parts it is formed in fp32 and rounded once, as torch.sum does."""
+    """The sum from left to right; 16-bit parts are summed in fp32 and rounded once, as by torch.sum."""
     total = parts[0]
     if len(parts) > 2 and total.dtype in (torch.bfloat16, torch.float16):
         total = total.to(torch.float32)
