@@ -14,6 +14,7 @@ from trimtab.errors import UserError
 from trimtab.files import take_place, write_json, write_text
 from trimtab.merge.layers import COUNTS
 from trimtab.merge.plan import Plan
+from trimtab.merge.tokens import tokenizer_folder
 from trimtab.merge.writer import Shard
 
 DIGEST = "merging.json"
@@ -146,7 +147,7 @@ def write_surroundings(folder: Path, plan: Plan, card: str) -> None:
         if generation.is_file():  # the ids of its tokens may have moved
             write_json(generation, plan.vocabulary.configured(read_json(generation), plan.donor))
     else:
-        _copy(donor.folder, folder, _TOKENIZER)
+        _copy(tokenizer_folder(donor), folder, _TOKENIZER)
     if plan.config.chat_template is not None:
         _set_chat_template(folder, plan.config.chat_template)
     write_text(folder / "README.md", card)

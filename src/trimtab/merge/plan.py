@@ -206,7 +206,7 @@ class _Planner:
         self.place = {ref: place for place, ref in enumerate(refs)}
         self.inputs = inputs
         self.problems = Problems()
-        self.notes = list(config.notes)
+        self.notes = [*config.notes, *(note for model in inputs for note in getattr(model, "notes", ()))]
         self.donor = self.place[config.base_model] if config.base_model else 0
         if config.base_model is None:
             self.donor = self.place[config.slices[0].sources[0].model]
@@ -253,8 +253,10 @@ class _Planner:
         base = inputs[self.donor] if self.config.base_model else None
         chosen = inputs[self.place[source]] if isinstance(source, ModelRef) else source
         vocabulary = build(inputs, base, chosen)
+        merged = sorted({self.place[source.model] for one in self.config.slices for source in one.sources})
         self.inputs = tuple(
-            Aligned(inputs, place, vocabulary, vocabulary_keys(model)) for place, model in enumerate(inputs)
+            Aligned(inputs, place, vocabulary, vocabulary_keys(model), merged)
+            for place, model in enumerate(inputs)
         )
         return vocabulary
 
