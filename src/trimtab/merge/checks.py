@@ -6,35 +6,28 @@ import torch
 from torch import Tensor
 
 from trimtab.errors import UserError
-from trimtab.merge.arithmetic import Read
+from trimtab.merge.arithmetic import Read, is_finite
 from trimtab.merge.plan import Origin, Output, Plan
 
 _FIRST = 1 << 10
 _MOST = 1 << 17
 
 
-def finite(values: Tensor, what: str) -> Tensor:
-    """The values, if none is NaN or infinite.
-
-    Raises:
-        UserError: one is; the sentence begins with ``what``.
-
-    Examples:
-        >>> finite(torch.tensor([1.0, 2.0]), "x holds").tolist()
-        [1.0, 2.0]
-    """
-    if values.numel():
-        least, most = torch.aminmax(values)
-        if not (least.isfinite() and most.isfinite()):
-            wrong = values[~values.isfinite()]
-            raise UserError(f"{what} {wrong[0].item()}; a merge needs finite weights")
-    return values
-
-
-def reading(plan: Plan, origin: Origin, read: Read) -> Read:
-    """``read``, with its values checked to be finite."""
-    what = f"tensor {origin.key!r} of {plan.inputs[origin.model].label} holds"
-    return lambda low, high: finite(read(low, high), what)
+def not_finite(plan: Plan, output: Output, low: int, high: int) -> UserError:
+    """The error for a range of an output tensor in which something read or written is NaN or infinite."""
+    for origin in output.origins():
+        model = plan.inputs[origin.model]
+        values = model.read(origin.key, low, high)
+        if not is_finite(values):
+            wrong = values[~values.isfinite()][0].item()
+            return UserError(
+                f"tensor {origin.key!r} of {model.label} holds {wrong}; a merge needs finite weights"
+            )
+    dtype = str(output.entry.dtype).removeprefix("torch.")
+    return UserError(
+        f"merging {output.entry.key!r} gives values that {dtype} cannot hold; set out_dtype to a wider one, "
+        "or give smaller weights"
+    )
 
 
 def same_whole_numbers(plan: Plan, output: Output) -> Read:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from trimtab.merge.arithmetic import coefficients, computed, decided, interpolated
+from trimtab.merge.arithmetic import BLOCK, compute_into, decided
 from trimtab.merge.plan import Plan
 
 SAMPLE = 1 << 20
@@ -37,14 +37,10 @@ def estimated(plan: Plan) -> Estimate:
     task = plan.task(output)
     count = min(task.count, SAMPLE)
     part = replace(task, count=count)
+    out = torch.empty(BLOCK, dtype=output.entry.dtype)
     began = time.perf_counter()
-    if part.operator is None:
-        factors = coefficients(part)
-        for low, high in part.ranges():
-            interpolated(part, factors, low, high)
-    else:
-        ready = decided([part])[0]
-        for low, high in part.ranges():
-            computed(ready, low, high)
+    ready = decided([part])[0]
+    for low, high in part.ranges():
+        compute_into(ready, low, high, out[: high - low])
     rate = count / (time.perf_counter() - began) * max(1, torch.get_num_threads())
     return Estimate(total / rate, rate)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from typing import TYPE_CHECKING, Any
@@ -121,17 +121,11 @@ class Plan:
         origins = {origin for output in self.outputs for origin in output.origins()}
         return sum(_size(self.inputs[one.model], one.key) for one in origins)
 
-    def task(self, output: Output, wrap: Callable[[Origin, Read], Read] | None = None) -> Task:
-        """What :mod:`~trimtab.merge.arithmetic` computes for one output tensor.
-
-        Args:
-            output: one of the plan's.
-            wrap: what stands between the arithmetic and each input: a check of the values, say.
-        """
+    def task(self, output: Output) -> Task:
+        """What :mod:`~trimtab.merge.arithmetic` computes for one output tensor."""
 
         def read(origin: Origin) -> Read:
-            found = _reader(self.inputs[origin.model], origin.key, output.read)
-            return wrap(origin, found) if wrap else found
+            return _reader(self.inputs[origin.model], origin.key, output.read)
 
         terms = tuple(Term(read(p.origin), p.weight, p.rate, p.origin.model) for p in output.parts)
         return Task(

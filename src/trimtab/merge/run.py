@@ -7,7 +7,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from itertools import repeat
 from pathlib import Path
 
@@ -15,23 +14,25 @@ import torch
 from torch import Tensor
 
 from trimtab.delta.progress import progress_bar
-from trimtab.merge.arithmetic import Cuts, Read, Task, coefficients, computed, decided, interpolated
+from trimtab.merge.arithmetic import Cuts, Task, compute_into, decided, ranked
 from trimtab.merge.card import model_card
-from trimtab.merge.checks import check_different, finite, reading, same_whole_numbers
+from trimtab.merge.checks import check_different, not_finite, same_whole_numbers
 from trimtab.merge.config import MergeConfig, load_config
 from trimtab.merge.folder import check_inputs_apart, check_out, check_space, growing, write_surroundings
 from trimtab.merge.plan import Output, Plan, make_plan
 from trimtab.merge.writer import Shard, ShardWriter, sharded, write_index
 from trimtab.ops.fingerprint import combined_digest
-from trimtab.ops.select import cuts
 from trimtab.ops.sparsify import Cut, top_count
 
 CHUNK = 1 << 23
 """Entries of an output tensor that are in memory at a time, twice: while one chunk is written, another one is
 computed."""
 
-PIECE = 1 << 17
+PIECE = 1 << 18
 """Entries that a thread works on at a time."""
+
+Work = Callable[[int, int, Tensor], None]
+"""Writes entries ``low … high−1`` of an output tensor."""
 
 SHARD_SIZE = 5 * 10**9
 """Bytes of a file of the output, as transformers has it."""
@@ -163,7 +164,7 @@ class Runner:
                         self._chunk(writer, work, entry.dtype, low, high)
                     self._progress(entry.key, self._done, self._total)
 
-    def _chunk(self, writer: ShardWriter, work: Read, dtype: torch.dtype, low: int, high: int) -> None:
+    def _chunk(self, writer: ShardWriter, work: Work, dtype: torch.dtype, low: int, high: int) -> None:
         """Compute a range with all threads and have it written, while the next one is computed."""
         buffer = self._buffer(dtype, high - low)
         pieces = [(at, min(at + PIECE, high)) for at in range(low, high, PIECE)]
@@ -172,13 +173,12 @@ class Runner:
         buffer.written = self._writing.submit(writer.write, buffer.values)
         self._done += buffer.values.numel() * dtype.itemsize
 
-    def _prepared(self, number: int) -> list[Read]:
+    def _prepared(self, number: int) -> list[Work]:
         """What computes a range of an output tensor in each plan; what needs the whole of it is decided."""
         outputs = [plan.outputs[number] for plan in self._plans]
         if outputs[0].copied:
-            return [same_whole_numbers(self._plans[0], outputs[0])] * len(outputs)
-        if outputs[0].operator is None:
-            return [_interpolating(plan, output) for plan, output in zip(self._plans, outputs, strict=True)]
+            same = same_whole_numbers(self._plans[0], outputs[0])
+            return [lambda low, high, out: out.copy_(same(low, high))] * len(outputs)
         tasks = [plan.task(output) for plan, output in zip(self._plans, outputs, strict=True)]
         found = None if self._cuts is None else self._cuts.get(number, {})
         return [
@@ -223,28 +223,18 @@ class _Buffer:
             written.result()
 
 
-def _compute(work: Read, part: Tensor, piece: tuple[int, int]) -> None:
-    part.copy_(work(*piece))
+def _compute(work: Work, part: Tensor, piece: tuple[int, int]) -> None:
+    work(*piece, part)
 
 
-def _merging(plan: Plan, output: Output, task: Task) -> Read:
-    """What computes a range of an output tensor, given what F does to each delta."""
-    checked = plan.task(output, lambda origin, read: reading(plan, origin, read))
-    ready = replace(task, terms=checked.terms, base=checked.base)
-    return _stored(output, lambda low, high: computed(ready, low, high))
+def _merging(plan: Plan, output: Output, task: Task) -> Work:
+    """What computes a range of an output tensor for which everything is decided."""
 
+    def work(low: int, high: int, out: Tensor) -> None:
+        if not compute_into(task, low, high, out):
+            raise not_finite(plan, output, low, high)
 
-def _interpolating(plan: Plan, output: Output) -> Read:
-    task = plan.task(output, lambda origin, read: reading(plan, origin, read))
-    factors = coefficients(task)
-    return _stored(output, lambda low, high: interpolated(task, factors, low, high))
-
-
-def _stored(output: Output, work: Read) -> Read:
-    """The values in the output's dtype, checked to be finite there."""
-    dtype = output.entry.dtype
-    what = f"merging {output.entry.key!r} in {str(dtype).removeprefix('torch.')} gives"
-    return lambda low, high: finite(work(low, high).to(dtype), what)
+    return work
 
 
 def model_cuts(plans: Sequence[Plan]) -> Mapping[int, Cuts]:
@@ -267,15 +257,15 @@ def model_cuts(plans: Sequence[Plan]) -> Mapping[int, Cuts]:
             for part in output.parts:
                 if 0 < part.rate < 1 and output.entry.count:
                     members[part.origin.model, output.dtype, part.rate].append(number)
-        for (place, dtype, rate), own in members.items():
-            groups[place, dtype, tuple(own)].add(rate)
+        for (place, dtype, rate), listed in members.items():
+            groups[place, dtype, tuple(listed)].add(rate)
     found: dict[int, dict[tuple[int, float], Cut]] = defaultdict(dict)
     for (place, _, numbers), rates in groups.items():
-        ranked = [tasks[number] for number in numbers]
-        magnitudes = [task.magnitudes(next(t for t in task.terms if t.place == place)) for task in ranked]
+        own = [tasks[number] for number in numbers]
+        magnitudes = [task.magnitudes(next(t for t in task.terms if t.place == place)) for task in own]
         total, asked = sum(one.total for one in magnitudes), sorted(rates)
-        counts = [top_count(total, rate, ranked[0].counting) for rate in asked]
-        for rate, found_there in zip(asked, cuts(magnitudes, counts), strict=True):
+        counts = [top_count(total, rate, own[0].counting) for rate in asked]
+        for rate, found_there in zip(asked, ranked(magnitudes, counts), strict=True):
             for number, cut in zip(numbers, found_there, strict=True):
                 found[number][place, rate] = cut
     return found
