@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 
 from trimtab.ops import bits
+from trimtab.ops.bits import Words
 from trimtab.ops.layout import Layout
 from trimtab.ops.names import canonical_name
 
@@ -119,17 +120,37 @@ def hash32(index: Tensor, key0: int, key1: int) -> Tensor:
     Returns:
         int32 tensor of the same shape: the hash's bits.
     """
-    return _scrambled(index + _signed(key0), key1)
+    return bits.tensor(_folded(_unfolded(index, key0, key1)))
 
 
-def _scrambled(x: Tensor, key1: int) -> Tensor:
-    """The hash after its first key was added; x is written to."""
-    y, constant = torch.empty_like(x), bits.constant
-    x.bitwise_xor_(torch.bitwise_right_shift(x, constant(16), out=y).bitwise_and_(constant(0xFFFF)))
-    x.mul_(constant(_MULTIPLIER_1))
-    x.bitwise_xor_(torch.bitwise_right_shift(x, constant(15), out=y).bitwise_and_(constant(0x1FFFF)))
-    x.bitwise_xor_(_signed(key1)).mul_(constant(_signed(_MULTIPLIER_2)))
-    return x.bitwise_xor_(torch.bitwise_right_shift(x, constant(16), out=y).bitwise_and_(constant(0xFFFF)))
+def _unfolded(index: Tensor, key0: int, key1: int) -> Words:
+    """The function h up to its last line."""
+    x = bits.words(index + _signed(key0))
+    x ^= bits.shifted(x, 16)
+    return _multiplied(x, key1)
+
+
+def _multiplied(x: Words, key1: int) -> Words:
+    """The lines of h between its first and its last ``x ^= x >> 16``; x is written to."""
+    x *= _MULTIPLIER_1
+    x ^= bits.shifted(x, 15)
+    x ^= _signed(key1)
+    x *= _signed(_MULTIPLIER_2)
+    return x
+
+
+def _folded(x: Words) -> Words:
+    """The last line of h; x is written to."""
+    x ^= bits.shifted(x, 16)
+    return x
+
+
+def _hash_of_one(index: int, key0: int, key1: int) -> int:
+    """The hash of one index in Python's integers: for so few that the calls of tensors are what costs."""
+    x = index + key0 & _LOW
+    x = (x ^ x >> 16) * _MULTIPLIER_1 & _LOW
+    x = (x ^ x >> 15 ^ key1) * _MULTIPLIER_2 & _LOW
+    return x ^ x >> 16
 
 
 class Place(NamedTuple):
@@ -232,15 +253,17 @@ def bernoulli_bits(
     chunks = list(_chunks(n, offset, place, device))
     whole = len(chunks) == 1 or [torch.empty(n, dtype=torch.int32, device=device) for _ in keys]
     for at, index, count, high in chunks:
-        drawn: dict[tuple[int, int], Tensor] = {}
         parts, words = [], [key.words(high) for key in keys]
-        uses = Counter((k0, k1) for k0, k1, _, _ in words)
+        uses = Counter((k0, k1, key.stream % 2) for key, (k0, k1, _, _) in zip(keys, words, strict=True))
+        drawn = {
+            (k0, k1): _halves(_unfolded_range(index, count, k0, k1, device), odd=uses[k0, k1, 1] > 0)
+            for k0, k1 in {word[:2] for word in words}
+        }
         for p, key, (k0, k1, k2, k3) in zip(rates, keys, words, strict=True):
-            if (k0, k1) not in drawn:
-                drawn[k0, k1] = _hashed_range(index, count, k0, k1, device)
-            uses[k0, k1] -= 1
-            half = _half(drawn[k0, k1], key.stream, in_place=uses[k0, k1] == 0)
-            parts.append(_kept(half, round(p * (1 << 32)), key.stream, (index, k2, k3)))
+            half = drawn[k0, k1][key.stream % 2]
+            uses[k0, k1, key.stream % 2] -= 1
+            half = half + 0 if uses[k0, k1, key.stream % 2] else half  # it is written over
+            parts.append(bits.tensor(_kept(half, round(p * (1 << 32)), key.stream, (index, k2, k3))))
         if whole is True:
             return parts
         for mask, part in zip(whole, parts, strict=True):
@@ -248,29 +271,39 @@ def bernoulli_bits(
     return [torch.empty(0, dtype=torch.int32, device=device) for _ in keys] if whole is True else whole
 
 
-def _kept(half: Tensor, threshold: int, stream: int, fine: tuple[int | Tensor, int, int]) -> Tensor:
+def _kept(half: Words, threshold: int, stream: int, fine: tuple[int | Tensor, int, int]) -> Words:
     """−1 where U < threshold, in the memory of U's upper half; ``fine`` says how to draw the lower one."""
     cell, rest = threshold >> 16, threshold & 0xFFFF
-    # Exactly the boundary cell has changed sides between the bounds cell and cell + 1.
     if not rest:
         return bits.less(half, cell)
-    boundary = bits.places(half.sub_(cell), 0)
-    kept = bits.less(half, 1)
-    if boundary.numel():
-        index, k2, k3 = fine
+    half -= cell + 1  # what is −1 now is kept unless its lower half says otherwise
+    boundary = bits.places(half, -1)
+    kept = bits.less(half, 0)
+    if not boundary.numel():
+        return kept
+    index, k2, k3 = fine
+    if boundary.device.type != "cpu":
         at = index[boundary] if isinstance(index, Tensor) else (boundary + index).to(torch.int32)
-        drawn = hash32(at, k2, k3)
-        kept[boundary] = bits.less(_half(drawn, stream), rest)
+        kept[boundary] = bits.tensor(bits.less(_half(hash32(at, k2, k3), stream), rest))
+        return kept
+    for at in boundary.tolist():  # most often two
+        word = _hash_of_one(int(index[at]) if isinstance(index, Tensor) else index + at, k2, k3)
+        kept[at] = -((word & 0xFFFF if stream % 2 else word >> 16) < rest)
     return kept
 
 
-def _half(word: Tensor, stream: int, *, in_place: bool = False) -> Tensor:
+def _half(word: Tensor, stream: int) -> Tensor:
     """The stream's 16 bits of each word."""
-    half = word if in_place else torch.empty_like(word)
-    low = bits.constant(0xFFFF)
-    if stream % 2:
-        return torch.bitwise_and(word, low, out=half)
-    return torch.bitwise_right_shift(word, bits.constant(16), out=half).bitwise_and_(low)
+    return word.bitwise_and(0xFFFF) if stream % 2 else bits.tensor(bits.shifted(bits.words(word), 16))
+
+
+def _halves(x: Words, *, odd: bool) -> tuple[Words, Words]:
+    """Both halves of h, or the high one alone, before its last line (which leaves that as it is)."""
+    high = bits.shifted(x, 16)
+    if odd:
+        x ^= high
+        x &= 0xFFFF
+    return high, x
 
 
 def _chunks(
@@ -319,15 +352,30 @@ def _hashed_range(
     index: int | Tensor, count: int, key0: int, key1: int, device: torch.device | str | None
 ) -> Tensor:
     """h(i; key0, key1) of ``count`` indices (mod 2^32): those listed, or neighbours from the first on."""
+    return bits.tensor(_folded(_unfolded_range(index, count, key0, key1, device)))
+
+
+def _unfolded_range(
+    index: int | Tensor, count: int, key0: int, key1: int, device: torch.device | str | None
+) -> Words:
+    """The numbers of :func:`_hashed_range` up to the last line of h."""
     if isinstance(index, Tensor):
-        return hash32(index, key0, key1)
-    return _scrambled(_counter(count, device) + _signed((index + key0) & _LOW), key1)
+        return _unfolded(index, key0, key1)
+    # Among 65,536 neighbours x >> 16 is one number, and x ^ x >> 16 is another one's xor with the lower half.
+    x, at = bits.words(torch.empty(count, dtype=torch.int32, device=device)), 0
+    while at < count:
+        high, low = divmod(index + key0 + at & _LOW, 1 << 16)
+        part = x[at : at + (1 << 16) - low]
+        bits.xor(_counter(low, len(part), device), _signed(high << 16 | high), out=part)
+        at += len(part)
+    return _multiplied(x, key1)
 
 
-def _counter(count: int, device: torch.device | str | None) -> Tensor:
-    if count > _CHUNK // 64:  # most often a whole chunk: worth keeping, 1 MB
-        return _full_counter(_CHUNK, device)[:count]
-    return torch.arange(count, dtype=torch.int32, device=device)
+def _counter(low: int, count: int, device: torch.device | str | None) -> Tensor:
+    """The numbers ``low … low + count − 1``."""
+    if count > _CHUNK // 64 and low + count <= _CHUNK:  # worth keeping, 1 MB
+        return _full_counter(_CHUNK, device)[low : low + count]
+    return torch.arange(low, low + count, dtype=torch.int32, device=device)
 
 
 @lru_cache(maxsize=8)
@@ -340,7 +388,7 @@ def _index_chunks(
 ) -> Iterator[tuple[int, Tensor, int]]:
     """Yield (position, low 32 bits of the indices as int32, high bits) over all entries."""
     for at, index, count, high in _chunks(n, offset, place, device):
-        listed = index if isinstance(index, Tensor) else _counter(count, device) + _signed(index)
+        listed = index if isinstance(index, Tensor) else _counter(0, count, device) + _signed(index)
         yield at, listed, high
 
 

@@ -199,12 +199,11 @@ class _Parts:
         if job.grad is None:
             assert moved is not None
             return base, moved
-        update = torch.zeros(high - low, dtype=self.update_dtype, device=base.device)
-        self.add_adam(low, high, update)
+        update = self.add_adam(low, high, None)
         return base, update if moved is None else moved + update
 
-    def add_adam(self, low: int, high: int, target: Tensor) -> None:
-        """Advance the moments and add u = −lr/(1−β₁ᵗ) · m / (√v/√(1−β₂ᵗ) + ε) to ``target``.
+    def add_adam(self, low: int, high: int, target: Tensor | None) -> Tensor:
+        """Advance the moments and add u = −lr/(1−β₁ᵗ) · m / (√v/√(1−β₂ᵗ) + ε) to ``target`` (None is 0).
 
         The operations are those of torch.optim.AdamW's loop, in its order, and so are the bits.
         """
@@ -223,13 +222,17 @@ class _Parts:
             torch.maximum(widest, second, out=widest)
         denominator = widest.sqrt().div_((1 - settings.beta2**settings.step) ** 0.5).add_(settings.eps)
         size = settings.lr / (1 - settings.beta1**settings.step)
-        if target.dtype == dtype:
+        if target is None:
+            zero = torch.zeros((), dtype=dtype, device=denominator.device)
+            target = torch.addcdiv(zero, first, denominator, value=-size, out=denominator)
+        elif target.dtype == dtype:
             target.addcdiv_(first, denominator, value=-size)
         else:
             target.add_(torch.zeros_like(first).addcdiv_(first, denominator, value=-size))
         place, keys = Place(self.job.layout, low), self._moment_keys
         moments.write(self.first, low, high, first, keys[0], place)
         moments.write(self.second, low, high, second, keys[1], place)
+        return target
 
     def store(self, low: int, high: int, master: Tensor) -> None:
         """Write the new master of a chunk, and open the next interval with it where the settings say so."""
