@@ -1,4 +1,4 @@
-"""Offline merging where it must be something else: step-K's merge at the end, a model as it is, mergekit's."""
+"""Offline merging where it must be something else: step-K's merge, a model as it is, mergekit's."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ def check_different(plan: Plan) -> None:
     """
     if not plan.preset.anchored:
         return
-    waiting = {part.origin.model for output in plan.outputs for part in output.parts}
+    waiting = {part.origin.model for output in plan.outputs if output.base for part in output.parts}
     for output in plan.outputs:
         for part in output.parts:
             if part.origin.model in waiting and output.base is not None:

@@ -375,6 +375,9 @@ class _Planner:
         others = [(source, origin) for source, origin in present if origin != output.base]
         if output.copied:
             return replace(output, parts=tuple(Part(origin) for _, origin in others))
+        if not others and (self.preset.anchored or "weight" not in self.parameters):
+            assert output.base is not None  # no other model has it, as allow_partial allows: it stays
+            return replace(output, parts=(Part(output.base),), base=None, operator=Operator())
         if self.preset.operator is None:  # slerp: from the base to the other
             assert output.base is not None
             parts = tuple(Part(origin) for origin in (output.base, *(origin for _, origin in others)))
