@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -16,8 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from trimtab.merge.arithmetic import Task, Term, computed, decided, interpolated
-from trimtab.ops.combine import Operator, weighted_sum
+from trimtab.ops.combine import Operator, merge_range, weighted_sum
 from trimtab.ops.consensus import CONSENSUS
 from trimtab.ops.exact_sum import _fraction_sums
 from trimtab.ops.kernels import build, merge_structs, merging, ranking
@@ -26,7 +25,7 @@ from trimtab.ops.kernels.ranking import NativeMagnitudes, native_cuts
 from trimtab.ops.layout import Layout
 from trimtab.ops.masks import MaskKey, Place
 from trimtab.ops.select import Streamed, cuts
-from trimtab.ops.sparsify import Cut, Thinning, l1_ratio, thin, top_count, top_cut
+from trimtab.ops.sparsify import Cut, Thinning, kept_by, l1_ratio, thin, thinning, top_count, top_cut
 
 pytestmark = pytest.mark.skipif(not merging.available(), reason=f"no kernels: {merging.reason()}")
 
@@ -102,80 +101,94 @@ def thinnings(draw: st.DrawFn, place: int, delta: Tensor, low: int, total: int) 
     return Thinning(0.3, cut=Cut(cut.bits, index), factor=factor)
 
 
+@dataclass(frozen=True)
+class Merge:
+    """A merge of a range of a tensor of ``total`` entries: ``held`` has the anchor first, then the models."""
+
+    held: tuple[Tensor, ...]
+    weights: tuple[float, ...]
+    how: tuple[Thinning, ...]
+    operator: Operator
+    scale: float
+    low: int
+    total: int
+    dtype: torch.dtype
+    to: torch.dtype
+
+    def ours(self) -> tuple[Tensor, NonFinite]:
+        out = torch.empty(self.held[0].numel(), dtype=self.to)
+        found = merge_range_into(
+            out,
+            self.held[0],
+            self.held[1:],
+            self.weights,
+            self.how,
+            self.operator,
+            scale=self.scale,
+            low=self.low,
+            total=self.total,
+            dtype=self.dtype,
+        )
+        return out, found
+
+    def theirs(self) -> Tensor:
+        anchor, *models = (x.to(self.dtype) for x in self.held)
+        weights = torch.tensor(self.weights, dtype=self.dtype).tolist()
+        place = Place(Layout.whole((self.total,)), self.low)
+        deltas = [x - anchor for x in models]
+        merged = merge_range(anchor, deltas, weights, self.how, self.operator, scale=self.scale, place=place)
+        return merged.to(self.to)
+
+
 @st.composite
-def merges(draw: st.DrawFn, sizes: Sequence[int] = SIZES) -> tuple[Task, int, int, list[Tensor], torch.dtype]:
-    """A task, one range of it, what lies in that range (the anchor first), and the dtype of the output."""
+def merges(draw: st.DrawFn, sizes: Sequence[int] = SIZES) -> Merge:
     n, models, dtype = draw(st.sampled_from(sizes)), draw(st.integers(1, 5)), draw(st.sampled_from(DTYPES))
     low = draw(st.sampled_from(LOWS))
     total, seed = low + n + draw(st.sampled_from([0, 100])), draw(st.integers(0, 1 << 30))
-    held = [numbers(seed + i, n, draw(st.sampled_from(DTYPES))) for i in range(models + 1)]
+    held = tuple(numbers(seed + i, n, draw(st.sampled_from(DTYPES))) for i in range(models + 1))
     deltas = [x.to(dtype) - held[0].to(dtype) for x in held[1:]]
     how = tuple(draw(thinnings(i, delta, low, total)) for i, delta in enumerate(deltas))
     operator = Operator(consensus=draw(st.sampled_from(CONSENSUS)), normalize=draw(st.booleans()))
-    terms = tuple(Term(reader(x, low), draw(st.sampled_from(NUMBERS))) for x in held[1:])
-    scale = draw(st.sampled_from([1.0, 0.4, -1.3]))
-    task = Task("w", total, terms, reader(held[0], low), operator, dtype, scale=scale, how=how)
-    return task, low, low + n, held, draw(st.sampled_from(DTYPES))
-
-
-def ours(task: Task, low: int, held: Sequence[Tensor], out: Tensor) -> NonFinite:
-    assert task.operator is not None
-    return merge_range_into(
-        out,
-        held[0],
-        held[1:],
-        [term.weight for term in task.terms],
-        task.how,
-        task.operator,
-        scale=task.scale,
-        low=low,
-        total=task.count,
-        dtype=task.dtype,
-    )
+    weights = tuple(draw(st.sampled_from(NUMBERS)) for _ in deltas)
+    scale, to = draw(st.sampled_from([1.0, 0.4, -1.3])), draw(st.sampled_from(DTYPES))
+    return Merge(held, weights, how, operator, scale, low, total, dtype, to)
 
 
 @VECTORS
 @SOME
 @given(case=merges())
-def test_a_merge_is_that_of_torch(vectors: str, case: Any) -> None:
-    task, low, high, held, dtype = case
-    out = torch.empty(high - low, dtype=dtype)
+def test_a_merge_is_that_of_torch(vectors: str, case: Merge) -> None:
     with compiled(vectors):
-        found = ours(task, low, held, out)
-    wanted = computed(task, low, high).to(dtype)
+        out, found = case.ours()
+    wanted = case.theirs()
     assert same_bits(out, wanted)
     assert found == NonFinite(output=not bool(wanted.isfinite().all()))
 
 
 @settings(max_examples=5, deadline=None)
 @given(case=merges(sizes=[70_000]))
-def test_a_long_range_is_that_of_torch(case: Any) -> None:
-    task, low, high, held, dtype = case
-    out = torch.empty(high - low, dtype=dtype)
-    ours(task, low, held, out)
-    assert same_bits(out, computed(task, low, high).to(dtype))
+def test_a_long_range_is_that_of_torch(case: Merge) -> None:
+    assert same_bits(case.ours()[0], case.theirs())
 
 
 @VECTORS
 @SOME
 @given(case=merges(), data=st.data())
-def test_what_is_not_finite_is_told_and_comes_out_as_in_torch(vectors: str, case: Any, data: Any) -> None:
-    task, low, high, held, dtype = case
+def test_what_is_not_finite_is_told_and_comes_out_as_in_torch(vectors: str, case: Merge, data: Any) -> None:
     # 0·∞ is a NaN of either sign in torch, by where it stands: no vote is the same twice then.
-    task = replace(
-        task,
-        terms=tuple(replace(term, weight=term.weight or 1.0) for term in task.terms),
-        how=tuple(replace(one, factor=one.factor or 1.0) for one in task.how),
+    case = replace(
+        case,
+        weights=tuple(weight or 1.0 for weight in case.weights),
+        how=tuple(replace(one, factor=one.factor or 1.0) for one in case.how),
     )
-    hit = data.draw(st.sets(st.integers(0, len(held) - 1)))
-    for i in hit if high > low else ():
-        at = data.draw(st.integers(0, high - low - 1))
-        held[i][at] = data.draw(st.sampled_from([torch.inf, -torch.inf, torch.nan]))
-    out = torch.empty(high - low, dtype=dtype)
+    n = case.held[0].numel()
+    for i in data.draw(st.sets(st.integers(0, len(case.held) - 1))) if n else ():
+        at = data.draw(st.integers(0, n - 1))
+        case.held[i][at] = data.draw(st.sampled_from([torch.inf, -torch.inf, torch.nan]))
     with compiled(vectors):
-        found = ours(task, low, held, out)
-    assert same_bits(out, computed(task, low, high).to(dtype))
-    spoilt = [not bool(x.isfinite().all()) for x in (*held, out)]
+        out, found = case.ours()
+    assert same_bits(out, case.theirs())
+    spoilt = [not bool(x.isfinite().all()) for x in (*case.held, out)]
     models = tuple(i for i, there in enumerate(spoilt[1:-1]) if there)
     assert found == NonFinite(models, spoilt[0], spoilt[-1])
 
@@ -192,25 +205,31 @@ METHODS = [
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("operator", METHODS, ids=str)
 def test_a_method_as_a_whole(operator: Operator, dtype: torch.dtype, vectors: str) -> None:
-    n = 70_001
+    n, rates = 70_001, (0.2, 0.5, 0.8)
     base, *models = (numbers(i, n, torch.bfloat16) for i in range(4))
-    terms = tuple(Term(reader(x), 0.6, rate=0.2 + 0.3 * i, place=i) for i, x in enumerate(models))
-    task = decided([Task("w", n, terms, reader(base), operator, dtype, seed=3)])[0]
+    deltas = [x.to(dtype) - base.to(dtype) for x in models]
+    how, weights = [], torch.tensor([0.6] * 3, dtype=dtype).tolist()
     out = torch.empty(n, dtype=torch.bfloat16)
     with compiled(vectors):
-        for term, how in zip(task.terms, task.how, strict=True):
-            if how.cut is not None:
-                wanted = top_count(n, how.rate, operator.counting)
-                magnitudes = NativeMagnitudes(reader(base), term.read, n, dtype)
-                assert native_cuts([magnitudes], [wanted]) == [[how.cut]]
-            if operator.rescale == "l1":
-                sums = ranking.l1_sums(reader(base), term.read, how, n, dtype, threads=2)
-                assert l1_ratio(*sums) == how.factor
+        for i, (rate, model, delta) in enumerate(zip(rates, models, deltas, strict=True)):
+            key, counting = MaskKey(3, i, 0, "w"), operator.counting
+            kind, rescale = operator.sparsify, operator.rescale
+            wanted = thinning(delta, kind, rate, rescale=rescale, key=key, counting=counting)
+            if wanted.cut is not None:
+                magnitudes = NativeMagnitudes(reader(base), reader(model), n, dtype)
+                cut = native_cuts([magnitudes], [top_count(n, rate, counting)])[0][0]
+                assert torch.equal(kept_by(cut, delta), kept_by(wanted.cut, delta))
+                wanted = replace(wanted, cut=cut)
+            if rescale == "l1":
+                sums = ranking.l1_sums(reader(base), reader(model), wanted, n, dtype, threads=2)
+                assert l1_ratio(*sums) == wanted.factor
+            how.append(wanted)
         for low in range(0, n, 30_000):
             part = slice(low, min(low + 30_000, n))
-            held = [x[part] for x in (base, *models)]
-            ours(task, low, held, out[part])
-    assert same_bits(out, computed(task, 0, n).to(torch.bfloat16))
+            one, *others = (x[part] for x in (base, *models))
+            merge_range_into(out[part], one, others, weights, how, operator, low=low, total=n, dtype=dtype)
+    merged = merge_range(base.to(dtype), deltas, weights, how, operator)
+    assert same_bits(out, merged.to(torch.bfloat16))
 
 
 # -- sums of models
@@ -241,12 +260,11 @@ def test_a_weighted_sum_is_that_of_torch(vectors, n, held, weights, to, normaliz
 @pytest.mark.parametrize("n", [0, 1, 17, 1003])
 def test_an_interpolation_is_that_of_torch(n: int, to: torch.dtype, vectors: str) -> None:
     a, b = numbers(1, n, torch.float32), numbers(2, n, torch.bfloat16)
-    task = Task("w", n, (Term(reader(a)), Term(reader(b))), None, None, torch.float32)
-    factors = torch.tensor([0.337]), torch.tensor([0.672])
+    one, other = torch.tensor([0.337]), torch.tensor([0.672])
     out = torch.empty(n, dtype=to)
     with compiled(vectors):
-        assert merging.interpolate_into(out, a, b, *factors) == NonFinite()
-    assert same_bits(out, interpolated(task, factors, 0, n).to(to))
+        assert merging.interpolate_into(out, a, b, one, other) == NonFinite()
+    assert same_bits(out, (one * a + other * b.to(torch.float32)).to(to))
 
 
 def test_a_sum_tells_what_is_not_finite() -> None:
@@ -300,6 +318,16 @@ def test_a_bracket_that_misses_is_made_good(skewed: bool, monkeypatch: pytest.Mo
     assert native_cuts([magnitudes], [n // 5]) == cuts(
         [Streamed(lambda: [model], n, torch.float32)], [n // 5]
     )
+
+
+def test_a_sample_that_takes_all_of_a_short_tensor() -> None:
+    pairs = [pair(i, n, torch.bfloat16, torch.float32) for i, n in enumerate([17, 33, 70_000, 15])]
+    native = [NativeMagnitudes(reader(a), reader(b), len(a), torch.float32) for a, b, _ in pairs]
+    assert [part.size for part in native[1].sample(0, 33, 33)] == [32]
+    assert native[3].sample(0, 15, 15) == []
+    streamed = [Streamed(lambda x=x: [x], len(x), torch.float32) for *_, x in pairs]
+    for k in (1, 5000, 70_000):
+        assert native_cuts(native, [k]) == cuts(streamed, [k])
 
 
 @pytest.mark.parametrize("values", [1, 2, 7])
@@ -366,7 +394,7 @@ def test_what_the_kernels_do_not_do_is_said() -> None:
     assert merging.refuses(DTYPES) is None
     assert "float64" in str(merging.refuses([torch.float32, torch.float64]))
     assert "float64" in str(merging.refuses([torch.float32], torch.float64))
-    assert "fewer than" in str(merging.refuses([torch.float32] * 80))
+    assert "at most" in str(merging.refuses([torch.float32] * 80))
     one = torch.ones(4)
     plain = {"total": 4, "how": [Thinning()], "operator": Operator()}
     with pytest.raises(ValueError, match="differ in length"):
@@ -379,6 +407,21 @@ def test_what_the_kernels_do_not_do_is_said() -> None:
         merging.weighted_sum_into(one, [one], [], normalize=False)
     with pytest.raises(ValueError, match="cannot keep"):
         native_cuts([NativeMagnitudes(reader(one), reader(one), 4, torch.float32)], [5])
+
+
+def test_kernels_that_do_not_agree_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch_path = merging.merge_range
+    monkeypatch.setattr(merging, "merge_range", lambda *args, **kw: torch_path(*args, **kw) * 1.0000001)
+    assert not merging._agrees.__wrapped__()
+    monkeypatch.setattr(merging, "_agrees", lambda: False)
+    assert "do not merge as this torch does" in str(merging.refuses([]))
+    assert not merging.available()
+    monkeypatch.undo()
+    two = weighted_sum([torch.ones(3)], [1.0], normalize=False)
+    monkeypatch.setattr(merging, "weighted_sum", lambda *_, **__: two)
+    assert not merging._fuses.__wrapped__()
+    monkeypatch.setattr(merging, "_fuses", lambda: False)
+    assert "single rounding" in str(merging.refuses_sum([]))
 
 
 def test_without_a_library_it_says_why(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cache
 from typing import Any, TypeVar
 
@@ -36,7 +36,10 @@ def defines() -> list[str]:
 def together(work: Callable[[T], Any], given: T, threads: int) -> None:
     """Let so many threads, this one included, call ``work``; it returns when all of them have."""
     others = [_pool().submit(work, given) for _ in range(threads - 1)]
-    work(given)
+    try:
+        work(given)
+    finally:
+        wait(others)
     for other in others:
         other.result()
 

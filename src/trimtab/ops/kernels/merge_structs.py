@@ -135,12 +135,22 @@ def kernels() -> tuple[ctypes.CDLL | None, str | None]:
     return found, None
 
 
+_FUNCTIONS = {
+    "trimtab_merge": None,
+    "trimtab_sum": None,
+    "trimtab_survey": None,
+    "trimtab_place": ctypes.c_int64,
+    "trimtab_histogram": ctypes.c_int64,
+    "trimtab_l1": None,
+}
+"""What the library offers beside sizes, with what it returns."""
+
+
 def declare(found: ctypes.CDLL) -> None:
     """Say what the library's functions take and return."""
-    for name in ("trimtab_merge", "trimtab_sum", "trimtab_survey", "trimtab_histogram", "trimtab_l1"):
+    for name, result in _FUNCTIONS.items():
         function: Any = getattr(found, name)
-        function.argtypes = [ctypes.c_void_p]
-        function.restype = ctypes.c_int64 if name == "trimtab_histogram" else None
+        function.argtypes, function.restype = [ctypes.c_void_p], result
     for name in ("trimtab_merge_size", "trimtab_size"):
         function = getattr(found, name)
         function.argtypes, function.restype = [ctypes.c_int64], ctypes.c_int64

@@ -15,7 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from trimtab.ops.combine import Operator, weighted_sum
+from trimtab.ops.combine import Operator, merge_range, weighted_sum
+from trimtab.ops.consensus import CONSENSUS
 from trimtab.ops.kernels.merge_structs import (
     KINDS,
     WORD,
@@ -26,6 +27,7 @@ from trimtab.ops.kernels.merge_structs import (
     kernels,
     library,
 )
+from trimtab.ops.masks import MaskKey
 from trimtab.ops.sparsify import Thinning
 
 _CONSENSUS = {"linear": 0, "sign": 1, "sign_unweighted": 2, "sign_or_plus": 3}
@@ -53,31 +55,34 @@ _FINITE = NonFinite()
 
 def available() -> bool:
     """Whether the kernels run here; compiles them where that has not been done (1 to 3 seconds)."""
-    return kernels()[0] is not None
+    return reason() is None
 
 
 def reason() -> str | None:
     """Why they do not run here, in one sentence; None where they do."""
-    return kernels()[1]
+    found, why = kernels()
+    if found is not None and not _agrees():
+        return "the compiled CPU kernels do not merge as this torch does"
+    return why
 
 
 def refuses(held: Sequence[torch.dtype], dtype: torch.dtype = torch.float32) -> str | None:
     """Why torch has to do this merge; None where the kernels can.
 
     Args:
-        held: dtypes of the anchor, the models and the output.
+        held: dtypes of the output, the anchor and each model.
         dtype: of the arithmetic.
     """
-    if not available():
-        return reason()
-    unknown = [one for one in (*held, dtype) if one not in KINDS]
-    if unknown:
-        return f"the kernels have no {str(unknown[0]).removeprefix('torch.')}"
-    if torch.float16 in (*held, dtype) and not has_half():
+    return reason() or _unknown((*held, dtype))
+
+
+def _unknown(dtypes: Sequence[torch.dtype]) -> str | None:
+    for dtype in dtypes:
+        if dtype not in KINDS:
+            return f"the kernels have no {str(dtype).removeprefix('torch.')}"
+    if torch.float16 in dtypes and not has_half():
         return "the kernels have no fp16 on this processor"
-    if len(held) > _TERMS:
-        return f"the kernels merge fewer than {_TERMS} models"
-    return None
+    return f"the kernels merge at most {_TERMS} models" if len(dtypes) - 3 > _TERMS else None
 
 
 def refuses_sum(held: Sequence[torch.dtype]) -> str | None:
@@ -134,25 +139,26 @@ def merge_range_into(
     if not len(models) == len(weights) == len(how) or not models:
         raise ValueError(f"{len(models)} models need as many weights and thinnings (at least one)")
     _check(out, anchor, *models)
+    pieces = _pieces(low, out.numel())
+    if len(pieces) > 1:
+        cut = [slice(at - low, at - low + count) for at, count in pieces]
+        parts = [(out[part], anchor[part], [model[part] for model in models]) for part in cut]
+    else:
+        parts = [(out, anchor, list(models))]
     found = _FINITE
-    for at, count in _pieces(low, out.numel()):
-        terms = (CTerm * len(models))()
-        held: list[tuple[int, ...]] = []
-        for term, model, weight, one in zip(terms, models, weights, how, strict=True):
-            source = model.data_ptr() + (at - low) * model.itemsize
-            fill_term(term, one, at, count, total, dtype, held)
-            term.source, term.kind, term.weight = source, KINDS[model.dtype], _rounded(weight, dtype)
+    for (at, count), part in zip(pieces, parts, strict=False):
         plan = CMerge(
-            out=out.data_ptr() + (at - low) * out.itemsize,
-            anchor=anchor.data_ptr() + (at - low) * anchor.itemsize,
-            anchor_kind=KINDS[anchor.dtype],
             kind=KINDS[dtype],
             base=at % WORD,
             consensus=_CONSENSUS[operator.consensus],
             normalize=operator.normalize,
             scale=scale,
         )
-        found = _united(found, _run("trimtab_merge", plan, terms, count, out))
+        terms, held = (CTerm * len(models))(), list[tuple[int, ...]]()
+        for term, weight, one in zip(terms, weights, how, strict=True):
+            fill_term(term, one, at, count, total, dtype, held)
+            term.weight = _rounded(weight, dtype)
+        found = _united(found, _run("trimtab_merge", plan, terms, *part))
     return found
 
 
@@ -188,22 +194,33 @@ def _summed(
         raise ValueError(f"{len(models)} models need as many weights (at least one), got {len(weights)}")
     _check(out, *models)
     terms = (CTerm * len(models))()
-    for term, model, weight in zip(terms, models, weights, strict=True):
-        term.source, term.kind, term.weight = model.data_ptr(), KINDS[model.dtype], weight
-    plan = CMerge(out=out.data_ptr(), consensus=way, scale=divisor)
-    return _run("trimtab_sum", plan, terms, out.numel(), out)
+    for term, weight in zip(terms, weights, strict=True):
+        term.weight = weight
+    return _run("trimtab_sum", CMerge(consensus=way, scale=divisor), terms, out, None, models)
 
 
 # -- between Python and C
 
 
-def _run(name: str, plan: CMerge, terms: ctypes.Array[CTerm], count: int, out: Tensor) -> NonFinite:
-    plan.terms, plan.count, plan.n, plan.out_kind = terms, len(terms), count, KINDS[out.dtype]
+def _run(
+    name: str,
+    plan: CMerge,
+    terms: ctypes.Array[CTerm],
+    out: Tensor,
+    anchor: Tensor | None,
+    models: Sequence[Tensor],
+) -> NonFinite:
+    plan.terms, plan.count, plan.n = terms, len(terms), out.numel()
+    plan.out, plan.out_kind = out.data_ptr(), KINDS[out.dtype]
+    if anchor is not None:
+        plan.anchor, plan.anchor_kind = anchor.data_ptr(), KINDS[anchor.dtype]
+    for term, model in zip(terms, models, strict=True):
+        term.source, term.kind = model.data_ptr(), KINDS[model.dtype]
     getattr(library(), name)(ctypes.addressof(plan))
     if not (plan.inputs or plan.output):
         return _FINITE
-    models = tuple(i for i in range(len(terms)) if plan.inputs >> i & 1)
-    return NonFinite(models, bool(plan.inputs >> _TERMS & 1), bool(plan.output))
+    spoilt = tuple(i for i in range(len(terms)) if plan.inputs >> i & 1)
+    return NonFinite(spoilt, bool(plan.inputs >> _TERMS & 1), bool(plan.output))
 
 
 def _united(one: NonFinite, other: NonFinite) -> NonFinite:
@@ -224,7 +241,7 @@ def _pieces(low: int, count: int) -> list[tuple[int, int]]:
 
 
 def _check(*tensors: Tensor) -> None:
-    if why := refuses([tensor.dtype for tensor in tensors]):
+    if why := _unknown([tensor.dtype for tensor in tensors]):
         raise ValueError(why)
     for tensor in tensors:
         if tensor.device.type != "cpu" or not tensor.is_contiguous():
@@ -248,10 +265,41 @@ def _sum_of(weights: tuple[float, ...]) -> float:
 
 
 @cache
+def _agrees() -> bool:
+    """Whether a few merges have torch's bits."""
+    anchor, *models = _waves()
+    how = [Thinning(0.4, key=MaskKey(1, 1, 0, "trial"), factor=1 / 0.4), Thinning(factor=0.7)]
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        if dtype == torch.float16 and not has_half():
+            continue
+        deltas = [model.to(dtype) - anchor.to(dtype) for model in models]
+        for consensus in CONSENSUS:
+            weights = [_rounded(weight, dtype) for weight in (0.3, -0.9)]
+            operator = Operator(consensus=consensus, normalize=True)
+            wanted = merge_range(anchor.to(dtype), deltas, weights, how, operator, scale=0.7)
+            ours = torch.empty_like(wanted)
+            total = ours.numel()
+            merge_range_into(
+                ours, anchor, models, weights, how, operator, scale=0.7, total=total, dtype=dtype
+            )
+            if not torch.equal(ours.view(torch.uint8), wanted.view(torch.uint8)):
+                return False
+    return True
+
+
+@cache
 def _fuses() -> bool:
     """Whether torch.addcmul rounds once here, in whole vectors and in what is left of them."""
-    count = torch.arange(1003, dtype=torch.float32)
-    models = [(count * 0.7).sin(), (count * 1.3).sin()]
-    ours = torch.empty(1003)
-    weighted_sum_into(ours, models, [0.3, 0.9], normalize=True)
-    return torch.equal(ours, weighted_sum(models, [0.3, 0.9], normalize=True))
+    models, weights = _waves(), [0.3, 0.9, -0.2]
+    ours = torch.empty_like(models[0])
+    weighted_sum_into(ours, models, weights, normalize=True)
+    return torch.equal(ours, weighted_sum(models, weights, normalize=True))
+
+
+def _waves() -> list[Tensor]:
+    """Numbers that are easily made; denormal ones among them."""
+    count = torch.arange(1003, dtype=torch.float64, device="cpu")
+    waves = [(count * factor).sin().to(torch.float32) for factor in (0.7, 1.3, 2.9)]
+    for wave in waves:
+        wave[7:60:11] *= 1e-39
+    return waves

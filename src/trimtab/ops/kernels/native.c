@@ -183,6 +183,7 @@ int64_t trimtab_size(int64_t of) {
 void trimtab_merge(Merge *merge) { merge_range(merge); }
 void trimtab_sum(Merge *merge) { sum_range(merge); }
 void trimtab_survey(Ranked *ranked) { survey_of(ranked); }
+int64_t trimtab_place(const Ranked *ranked) { return place_of(ranked); }
 int64_t trimtab_histogram(const Ranked *ranked) { return histogram_of(ranked); }
 void trimtab_l1(const Ranked *ranked) { l1_of(ranked); }
 int64_t trimtab_merge_size(int64_t of) {

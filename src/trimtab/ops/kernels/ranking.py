@@ -35,14 +35,14 @@ Read = Callable[[int, int], Tensor]
 """Entries ``low … high−1`` of one tensor, flat; called from several threads at once where there are some."""
 
 WIDTHS = {torch.float32: (16, 15), torch.bfloat16: (15,), torch.float16: (15,)}
-_RANGE = 1 << 19
+_RANGE = 1 << 18
 """Entries of a pass that are read at a time."""
 _COUNTED = 1 << 22
 """Entries that a histogram counts at a time: its counters are cleared and summed up each time."""
 _SMALL = 1 << 16
 """Entries that are listed all."""
 _LINE = 16
-_LINES = (1 << 10, 1 << 14)
+_LINES = (1 << 9, 1 << 14)
 _LISTED = 1 << 26
 _MARGIN = 4.0
 """Standard deviations of the sample's rank on either side."""
@@ -153,8 +153,9 @@ class NativeMagnitudes:
         for one in surveys:
             equal = one.equal(value, *ends)
             if number <= equal:
-                listed = _listed(*self._both(one.start, one.start + one.count), self.dtype, 0)
-                return one.start + int(np.flatnonzero(listed == value)[number - 1])
+                plan = _plan(*self._both(one.start, one.start + one.count), self.dtype)
+                plan.high, plan.found = value, number
+                return one.start + int(library().trimtab_place(ctypes.addressof(plan)))
             number -= equal
         raise ValueError("there are not as many ties")
 
@@ -217,7 +218,7 @@ def _bracket(magnitudes: Sequence[NativeMagnitudes], k: int, total: int) -> tupl
     size = len(ranked)
     rank = k / total * size
     middle = ranked[size - min(max(round(rank), 1), size)]
-    above = (sample.reshape(-1, _LINE) >= middle).sum(axis=1)
+    above = np.count_nonzero(sample.reshape(-1, _LINE) >= middle, axis=1)
     margin = _MARGIN * float(np.sqrt(np.square(above - above.mean()).sum() + 1)) + 1
     last, first = size - int(rank - margin), size - int(np.ceil(rank + margin))
     high = int(ranked[last]) if last < size else NAN_MAGNITUDE
@@ -239,7 +240,8 @@ def _ranked(surveys: Sequence[_Surveyed], ends: tuple[int, int], k: int) -> tupl
     need -= at_high
     inside = np.concatenate([one.inside for one in surveys])
     if need <= len(inside):
-        value = int(np.partition(inside, len(inside) - need)[len(inside) - need])
+        inside.partition(len(inside) - need)
+        value = int(inside[len(inside) - need])
         return value, need - int(np.count_nonzero(inside > value))
     need -= len(inside)
     return (low, need) if need <= at_low else None

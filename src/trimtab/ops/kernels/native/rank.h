@@ -22,7 +22,7 @@ typedef struct {
     int64_t low, high; /* a bracket */
     int64_t above;     /* how many lie above it */
     int64_t at_high, at_low; /* how many are one of its ends */
-    int64_t found;     /* how many lie strictly inside */
+    int64_t found;     /* how many lie strictly inside; which of equal ones is looked for */
     uint32_t *list;    /* these, or all where low > high (n + 16 places) */
     int64_t lines;     /* of a sample: so many times 16 neighbours, anywhere in the range; 0: everything */
     /* histograms: digits of the magnitudes in their dtype */
@@ -86,15 +86,28 @@ INLINE void survey_loop_of(Ranked *shared, const int kind) {
     shared->at_low = r->low < r->high ? lanes_total(counts[2]) : 0;
 }
 
+#define LINES_AHEAD 16 /* lines of a sample fetched ahead */
+
+/* Where the j-th line of a sample begins: anywhere in its share of the range. */
+INLINE int64_t line_of(const Ranked *r, int64_t j) {
+    const int64_t whole = r->n / W, from = whole * j / r->lines, to = whole * (j + 1) / r->lines;
+    return W * (from + (int64_t)((finalized((uint64_t)(j + 1)) >> 32) * (uint64_t)(to - from) >> 32));
+}
+
 /* Magnitudes as they lie there, or those of a sample of lines. */
 INLINE void list_loop(Ranked *shared, const int kind) {
     const Ranked own = *shared, *r = &own;
-    const int64_t whole = r->n / W;
-    if (r->lines && r->lines < whole) {
-        for (int64_t j = 0; j < r->lines; j++) {
-            int64_t from = whole * j / r->lines, to = whole * (j + 1) / r->lines;
-            int64_t at = from + (int64_t)((finalized((uint64_t)(j + 1)) >> 32) * (uint64_t)(to - from) >> 32);
-            vu_store(r->list + W * j, magnitude(delta_of(r, kind, W * at, W)));
+    if (r->lines) { /* at most the whole ones */
+        for (int64_t j = 0; j < r->lines + LINES_AHEAD; j++) {
+            if (j >= LINES_AHEAD) {
+                const int64_t before = j - LINES_AHEAD, i = line_of(r, before);
+                vu_store(r->list + W * before, magnitude(delta_of(r, kind, i, W)));
+            }
+            if (j < r->lines) {
+                const int64_t i = line_of(r, j);
+                __builtin_prefetch(r->anchor + i * (r->anchor_kind == FP32 ? 4 : 2));
+                __builtin_prefetch(r->model + i * (r->model_kind == FP32 ? 4 : 2));
+            }
         }
         shared->found = W * r->lines;
         return;
@@ -102,6 +115,31 @@ INLINE void list_loop(Ranked *shared, const int kind) {
     for (int64_t i = 0; i < r->n; i += W)
         vu_store(r->list + i, magnitude(delta_of(r, kind, i, r->n - i < W ? (int)(r->n - i) : W)));
     shared->found = r->n;
+}
+
+/* Where the found-th (from 1) of the entries of magnitude `high` is; −1 where there are not as many. */
+INLINE int64_t place_loop(const Ranked *shared, const int kind) {
+    const Ranked own = *shared, *r = &own;
+    int64_t left = r->found;
+    for (int64_t i = 0; i < r->n; i += W) {
+        const int k = r->n - i < W ? (int)(r->n - i) : W;
+        fetch_both(r, i);
+        vu bits = magnitude(delta_of(r, kind, i, k));
+        vm same = vm_and(vu_eq(bits, vu_set((uint32_t)r->high)), first_lanes(k));
+        const int count = vm_count(same);
+        if (left <= count) {
+            uint32_t lanes[W];
+            vu_pack(lanes, same, vu_lanes());
+            return i + lanes[left - 1];
+        }
+        left -= count;
+    }
+    return -1;
+}
+
+static int64_t place_of(const Ranked *r) {
+    if (r->kind == FP32) return place_loop(r, FP32);
+    return r->kind == BF16 ? place_loop(r, BF16) : place_loop(r, FP16);
 }
 
 static void survey_of(Ranked *r) {
