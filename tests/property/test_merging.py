@@ -373,39 +373,46 @@ def everything() -> list[tuple[str, str, dict[str, Any], dict[str, Any]]]:
     return found
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """A base and two models in bf16, with ties, and an empty and a scalar tensor."""
+KINDS = {
+    "fp32": [torch.float32] * 3,
+    "bf16": [torch.bfloat16] * 3,
+    "fp64": [torch.float64] * 3,
+    "mixed": [torch.bfloat16, torch.float32, torch.float16],
+}
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def folders(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> list[Path]:
+    """A base and two models, with ties, and an empty and a scalar tensor."""
     place = tmp_path_factory.mktemp("models")
     shapes = [(37, 11), (5,), (), (0, 2), (129,)]
-    return [
-        made.folder(
-            place / str(seed),
-            {
-                name: torch.tensor(value).to(torch.bfloat16)
-                for name, value in random_model(seed, shapes, True).items()
-            },
-            num_hidden_layers=LAYERS,
-        )
-        for seed in range(3)
-    ]
+    found = []
+    for seed, kind in enumerate(KINDS[request.param]):
+        values = random_model(seed, shapes, True)
+        tensors = {name: torch.tensor(value).to(kind) for name, value in values.items()}
+        found.append(made.folder(place / str(seed), tensors, num_hidden_layers=LAYERS))
+    return found
 
 
 @pytest.mark.parametrize(("method", "fidelity", "each", "shared"), everything())
-def test_how_the_work_is_cut_is_no_part_of_the_result(
+def test_how_the_work_is_cut_and_who_does_it_is_no_part_of_the_result(
     method: str, fidelity: str, each: dict[str, Any], shared: dict[str, Any],
     folders: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
+    """Ranges, blocks, threads; kernels or torch's operations."""
     base = None if method == "linear" else folders[0]
     models = folders[1:2] if method in ("slerp", "hma") else folders[1:]
     values = made.values_of(method, base, models, [each] * len(models), fidelity=fidelity, parameters=shared)
     first = merge(read_config(values), tmp_path / "first")
     before = (first / "model.safetensors").read_bytes()
-    for chunk, piece, block, threads in ((64, 16, 5, 3), (1 << 20, 7, 1 << 17, 1), (100, 100, 33, 2)):
+    cuts = ((64, 16, 5, 3, True), (1 << 20, 7, 1 << 17, 1, True), (100, 100, 33, 2, False))
+    for chunk, piece, block, threads, kernels in cuts:
         monkeypatch.setattr(run, "CHUNK", chunk)
         monkeypatch.setattr(run, "PIECE", piece)
         monkeypatch.setattr(arithmetic, "BLOCK", block)
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        if not kernels:
+            monkeypatch.setattr(arithmetic.Task, "native", False)
         out = merge(read_config(values), tmp_path / f"{chunk}-{piece}")
         assert (out / "model.safetensors").read_bytes() == before
 
