@@ -19,7 +19,7 @@ from torch import Tensor
 from trimtab.ops.combine import Operator, merge_range, weighted_sum
 from trimtab.ops.consensus import CONSENSUS
 from trimtab.ops.exact_sum import _fraction_sums
-from trimtab.ops.kernels import build, merge_structs, merging, ranking
+from trimtab.ops.kernels import build, loaded, merge_structs, merging, ranking
 from trimtab.ops.kernels.merging import NonFinite, merge_range_into
 from trimtab.ops.kernels.ranking import NativeMagnitudes, native_cuts
 from trimtab.ops.layout import Layout
@@ -191,6 +191,42 @@ def test_what_is_not_finite_is_told_and_comes_out_as_in_torch(vectors: str, case
     spoilt = [not bool(x.isfinite().all()) for x in (*case.held, out)]
     models = tuple(i for i, there in enumerate(spoilt[1:-1]) if there)
     assert found == NonFinite(models, spoilt[0], spoilt[-1])
+
+
+def test_many_models() -> None:
+    held = tuple(numbers(i, 100, DTYPES[i % 3]) for i in range(41))
+    how = tuple(Thinning(0.5, key=MaskKey(1, i % 32, i // 32, "w"), factor=2.0) for i in range(40))
+    case = Merge(
+        held, (0.1,) * 40, how, Operator(consensus="sign"), 1.0, 0, 100, torch.float32, torch.float32
+    )
+    assert same_bits(case.ours()[0], case.theirs())
+
+
+def test_ranges_on_several_threads() -> None:
+    n, step = 200_003, 10_000
+    base, one, two = (numbers(i, n, torch.float32) for i in range(3))
+    how = [Thinning(0.3, key=MaskKey(5, i, 0, "w"), factor=1 / 0.3) for i in range(2)]
+    operator, out = Operator(consensus="sign", normalize=True), torch.empty(n)
+
+    def work(low: int) -> None:
+        part = slice(low, min(low + step, n))
+        models = [one[part], two[part]]
+        merge_range_into(out[part], base[part], models, [0.5, 0.8], how, operator, low=low, total=n)
+
+    loaded.each(work, range(0, n, step), 4)
+    weights = torch.tensor([0.5, 0.8]).tolist()
+    assert same_bits(out, merge_range(base, [one - base, two - base], weights, how, operator))
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_an_error_on_any_thread_is_raised(threads: int) -> None:
+    def work(item: int) -> None:
+        if item == 7:
+            raise OSError("the disk is gone")
+
+    with pytest.raises(OSError, match="the disk is gone"):
+        loaded.each(work, range(20), threads)
+    loaded.each(work, [], threads)
 
 
 METHODS = [
