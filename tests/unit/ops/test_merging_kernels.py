@@ -2,103 +2,39 @@
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.unit.ops.merging_cases import (
+    DTYPES,
+    LOWS,
+    NUMBERS,
+    SIZES,
+    SOME,
+    VECTORS,
+    compiled,
+    numbers,
+    reader,
+    same_bits,
+    thinnings,
+)
 from trimtab.ops.combine import Operator, merge_range, weighted_sum
 from trimtab.ops.consensus import CONSENSUS
-from trimtab.ops.exact_sum import _fraction_sums
-from trimtab.ops.kernels import build, loaded, merge_structs, merging, ranking
+from trimtab.ops.kernels import loaded, merge_structs, merging, ranking
 from trimtab.ops.kernels.merging import NonFinite, merge_range_into
 from trimtab.ops.kernels.ranking import NativeMagnitudes, native_cuts
 from trimtab.ops.layout import Layout
 from trimtab.ops.masks import MaskKey, Place
-from trimtab.ops.select import Streamed, cuts
-from trimtab.ops.sparsify import Cut, Thinning, kept_by, l1_ratio, thin, thinning, top_count, top_cut
+from trimtab.ops.sparsify import Thinning, kept_by, l1_ratio, thinning, top_count
 
 pytestmark = pytest.mark.skipif(not merging.available(), reason=f"no kernels: {merging.reason()}")
-
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-SIZES = [0, 1, 15, 16, 17, 1000]
-LOWS = [0, 5, (1 << 32) - 500, (1 << 33) + 7]
-NUMBERS = [1.0, 0.5, 0.3, -0.7, 0.0, 1.7]
-RATES = [0.3, 0.5, 0.123, 1e-6, 1 - 1e-12]
-VECTORS = pytest.mark.parametrize("vectors", ["native", "generic"])
-SOME = settings(max_examples=100, deadline=None)
-
-
-@cache
-def generic() -> ctypes.CDLL:
-    """The kernels as they are compiled where there is no AVX-512."""
-    found = ctypes.CDLL(str(build.library(["TRIMTAB_GENERIC=1"])))
-    merge_structs.declare(found)
-    return found
-
-
-@contextmanager
-def compiled(vectors: str) -> Iterator[None]:
-    kept = merge_structs.kernels
-    if vectors == "generic":
-        merge_structs.kernels = lambda: (generic(), None)  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        merge_structs.kernels = kept
-
-
-def same_bits(one: Tensor, other: Tensor) -> bool:
-    """Equality of bits, −0 and +0 apart; one NaN is as good as another."""
-    if one.dtype != other.dtype or not torch.equal(one.isnan(), other.isnan()):
-        return False
-    one, other = one[~one.isnan()], other[~other.isnan()]
-    words = {2: torch.int16, 4: torch.int32}[one.element_size()]
-    return torch.equal(one.view(words), other.view(words))
-
-
-def numbers(seed: int, count: int, dtype: torch.dtype) -> Tensor:
-    """Ordinary numbers, equal ones, −0, denormal ones; at an odd address."""
-    source = torch.Generator().manual_seed(seed)
-
-    def share(of: float) -> Tensor:
-        return torch.rand(count, generator=source) < of
-
-    x = torch.randn(count, generator=source)
-    x = torch.where(share(0.2), (x * 4).round() / 4, x)
-    x = torch.where(share(0.1), x * 1e-39, x)
-    x = torch.where(share(0.1), torch.tensor(-0.0), x).to(dtype)
-    room = np.empty(count * x.element_size() + 1, np.uint8)
-    room[1:] = x.view(torch.uint8).numpy()
-    with np.errstate(all="ignore"):
-        return torch.frombuffer(memoryview(room), dtype=dtype, offset=1, count=count) if count else x
-
-
-def reader(x: Tensor, first: int = 0) -> Callable[[int, int], Tensor]:
-    return lambda low, high: x[low - first : high - first]
-
-
-@st.composite
-def thinnings(draw: st.DrawFn, place: int, delta: Tensor, low: int, total: int) -> Thinning:
-    factor = draw(st.sampled_from([1.0, 1 / 0.3, 1.7, 0.0]))
-    kind = draw(st.sampled_from(["all", "drawn", "cut"])) if delta.numel() else "all"
-    if kind == "all":
-        return Thinning(factor=factor)
-    if kind == "drawn":
-        key = MaskKey(7, draw(st.sampled_from([place, 2 * place + 1, 0])), place // 3, "w")
-        return Thinning(draw(st.sampled_from(RATES)), key=key, factor=factor)
-    cut = top_cut(delta, draw(st.integers(0, delta.numel())))
-    index = total if cut.index >= delta.numel() else low + cut.index
-    return Thinning(0.3, cut=Cut(cut.bits, index), factor=factor)
 
 
 @dataclass(frozen=True)
@@ -307,120 +243,6 @@ def test_a_sum_tells_what_is_not_finite() -> None:
     one, two = torch.ones(40), torch.ones(40, dtype=torch.bfloat16)
     two[37] = torch.inf
     assert merging.interpolate_into(torch.empty(40), one, two, 1.0, 0.0) == NonFinite((1,), False, True)
-
-
-# -- cuts
-
-
-def pair(seed: int, n: int, held: torch.dtype, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    anchor, model = numbers(seed, n, held), numbers(seed + 1, n, held)
-    if n > 3:
-        model[:2] = torch.tensor([torch.inf, torch.nan])
-    return anchor, model, model.to(dtype) - anchor.to(dtype)
-
-
-@VECTORS
-@settings(max_examples=40, deadline=None)
-@given(
-    sizes=st.lists(st.sampled_from([1, 15, 16, 17, 1000, 70_000]), min_size=1, max_size=3),
-    held=st.sampled_from(DTYPES),
-    dtype=st.sampled_from(DTYPES),
-    ranks=st.lists(st.floats(0, 1), min_size=1, max_size=3),
-    threads=st.integers(1, 3),
-)
-def test_cuts_are_those_of_torch(vectors, sizes, held, dtype, ranks, threads) -> None:
-    pairs = [pair(i, n, held, dtype) for i, n in enumerate(sizes)]
-    native = [
-        NativeMagnitudes(reader(anchor), reader(model), len(anchor), dtype, threads)
-        for anchor, model, _ in pairs
-    ]
-    streamed = [Streamed(lambda x=x: [x], len(x), dtype) for _, _, x in pairs]
-    counts = [1 + int(rank * (sum(sizes) - 1)) for rank in ranks]
-    wanted = cuts(streamed, counts)
-    with compiled(vectors):
-        assert native_cuts(native, counts) == wanted
-        assert native_cuts(native, counts[:1]) == wanted[:1]
-        assert cuts(native, counts) == wanted
-
-
-@pytest.mark.parametrize("skewed", [False, True])
-def test_a_bracket_that_misses_is_made_good(skewed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    n = 1 << 17
-    anchor = torch.zeros(n)
-    model = torch.arange(n, dtype=torch.float32)
-    magnitudes = NativeMagnitudes(reader(anchor), reader(model), n, torch.float32)
-    wrong = (1, 2) if skewed else (int(torch.tensor(1e9).view(torch.int32)), 0x7F800000)
-    monkeypatch.setattr(ranking, "_bracket", lambda *_: wrong)
-    assert native_cuts([magnitudes], [n // 5]) == cuts(
-        [Streamed(lambda: [model], n, torch.float32)], [n // 5]
-    )
-
-
-def test_a_sample_that_takes_all_of_a_short_tensor() -> None:
-    pairs = [pair(i, n, torch.bfloat16, torch.float32) for i, n in enumerate([17, 33, 70_000, 15])]
-    native = [NativeMagnitudes(reader(a), reader(b), len(a), torch.float32) for a, b, _ in pairs]
-    assert [part.size for part in native[1].sample(0, 33, 33)] == [32]
-    assert native[3].sample(0, 15, 15) == []
-    streamed = [Streamed(lambda x=x: [x], len(x), torch.float32) for *_, x in pairs]
-    for k in (1, 5000, 70_000):
-        assert native_cuts(native, [k]) == cuts(streamed, [k])
-
-
-@pytest.mark.parametrize("values", [1, 2, 7])
-def test_few_different_magnitudes(values: int) -> None:
-    n = 1 << 17
-    anchor, model = torch.zeros(n, dtype=torch.bfloat16), (torch.arange(n) * 7 % values).to(torch.bfloat16)
-    native = NativeMagnitudes(reader(anchor), reader(model), n, torch.float32)
-    streamed = Streamed(lambda: [model.to(torch.float32)], n, torch.float32)
-    for k in (1, n // 7, n // 2, n - 1):
-        assert native_cuts([native], [k]) == cuts([streamed], [k])
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_ties_and_histograms_of_a_range(dtype: torch.dtype) -> None:
-    anchor, model, delta = pair(5, 3000, torch.bfloat16, dtype)
-    native = NativeMagnitudes(reader(anchor), reader(model), 3000, dtype)
-    streamed = Streamed(lambda: [delta], 3000, dtype)
-    streamed.widths = native.widths
-    top = native.histograms(0, [0])
-    assert np.array_equal(top, streamed.histograms(0, [0]))
-    if len(native.widths) > 1:
-        prefixes = [int(i) for i in np.flatnonzero(top[0])[[0, 5, -1]]]
-        assert np.array_equal(native.histograms(1, prefixes), streamed.histograms(1, prefixes))
-    for bits in (0, top_cut(delta, 700).bits, top_cut(delta, 1).bits):
-        assert native.ties(bits) == streamed.ties(bits) > 0
-        assert native.tie(bits, native.ties(bits)) == streamed.tie(bits, native.ties(bits))
-    with pytest.raises(ValueError, match="not as many ties"):
-        native.tie(0, 3000)
-
-
-# -- sums of magnitudes
-
-
-@VECTORS
-@settings(max_examples=40, deadline=None)
-@given(
-    n=st.sampled_from([*SIZES, 70_000]),
-    held=st.sampled_from(DTYPES),
-    dtype=st.sampled_from(DTYPES),
-    low=st.sampled_from(LOWS),
-    data=st.data(),
-)
-def test_the_tables_of_magnitudes_are_those_of_torch(vectors, n, held, dtype, low, data) -> None:
-    anchor, model, delta = pair(3, n, held, dtype)
-    how = data.draw(thinnings(1, delta, low, low + n))
-    with compiled(vectors):
-        found = ranking.l1_tables(anchor, model, how, low=low, total=low + n, dtype=dtype)
-    place = Place(Layout.whole((low + n,)), low)
-    kept = thin([delta], [replace(how, factor=1.0)], place)[0]
-    wanted = torch.stack([_fraction_sums(delta), _fraction_sums(kept)])
-    found[:, 1, -1] = wanted[:, 1, -1] = 0  # what NaNs are made of
-    assert torch.equal(found, wanted)
-
-
-def test_the_sum_over_an_empty_tensor() -> None:
-    nothing = reader(torch.empty(0))
-    assert ranking.l1_sums(nothing, nothing, Thinning(), 0, torch.float32) == [0.0, 0.0]
 
 
 # -- what is refused
