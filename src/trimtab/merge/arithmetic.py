@@ -99,9 +99,9 @@ class Task:
         """δ of one model, piece by piece."""
         return (self.delta(term, low, high) for low, high in self.ranges())
 
-    def magnitudes(self, term: Term) -> Magnitudes:
-        """The magnitudes of δ of one model, to be ranked."""
-        if self.native and self.base is not None:
+    def magnitudes(self, term: Term, *, native: bool = True) -> Magnitudes:
+        """The magnitudes of δ of one model, to be ranked; ``native`` lets the CPU kernels count them."""
+        if native and self.native and self.base is not None:
             return NativeMagnitudes(self.base, term.read, self.count, self.dtype, torch.get_num_threads())
         return Streamed(lambda: self.deltas(term), self.count, self.dtype)
 
@@ -156,7 +156,7 @@ def _cuts(tasks: Sequence[Task]) -> dict[tuple[int, float], Cut]:
 
 
 def ranked(magnitudes: Sequence[Magnitudes], counts: Sequence[int]) -> list[list[Cut]]:
-    """:func:`trimtab.ops.select.cuts`, by the CPU kernels where they can."""
+    """:func:`trimtab.ops.select.cuts`, by the CPU kernels where all are theirs."""
     native = [one for one in magnitudes if isinstance(one, NativeMagnitudes)]
     return native_cuts(native, counts) if len(native) == len(magnitudes) else cuts(magnitudes, counts)
 

@@ -262,7 +262,9 @@ def model_cuts(plans: Sequence[Plan]) -> Mapping[int, Cuts]:
     found: dict[int, dict[tuple[int, float], Cut]] = defaultdict(dict)
     for (place, _, numbers), rates in groups.items():
         own = [tasks[number] for number in numbers]
-        magnitudes = [task.magnitudes(next(t for t in task.terms if t.place == place)) for task in own]
+        native = all(task.native for task in own)  # digits of one kind for all
+        terms = [next(term for term in task.terms if term.place == place) for task in own]
+        magnitudes = [task.magnitudes(term, native=native) for task, term in zip(own, terms, strict=True)]
         total, asked = sum(one.total for one in magnitudes), sorted(rates)
         counts = [top_count(total, rate, own[0].counting) for rate in asked]
         for rate, found_there in zip(asked, ranked(magnitudes, counts), strict=True):

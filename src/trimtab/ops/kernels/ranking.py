@@ -42,8 +42,9 @@ _COUNTED = 1 << 22
 _SMALL = 1 << 16
 """Entries that are listed all."""
 _LINE = 16
-_LINES = (1 << 9, 1 << 14)
-_LISTED = 1 << 26
+_LINES = (1 << 9, 1 << 16)
+_LISTED = 1 << 22
+"""Entries that a bracket lists, at most: 16 MB, however large the models."""
 _MARGIN = 4.0
 """Standard deviations of the sample's rank on either side."""
 _EXPONENTS = 256
