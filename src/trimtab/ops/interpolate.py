@@ -34,17 +34,23 @@ def slerp_coefficients(t: float, pieces: Pieces) -> tuple[Tensor, Tensor]:
         >>> [round(float(x), 4) for x in slerp_coefficients(0.5, lambda: iter([(a, b)]))]
         [0.7071, 0.7071]
     """
-    norms = [[torch.linalg.vector_norm(x.view(1, -1), dim=1) for x in pair] for pair in pieces()]
+    norms, products = list[list[float]](), list[float]()  # no tensors: small ones that stay split up the heap
+    dtype = torch.float32
+    for pair in pieces():
+        dtype = pair[0].dtype
+        norms.append([float(torch.linalg.vector_norm(x.view(1, -1), dim=1)) for x in pair])
     if not norms:
         return torch.tensor(1.0 - t), torch.tensor(t)
     length_a, length_b = (
-        torch.linalg.vector_norm(torch.stack(column), dim=0) for column in zip(*norms, strict=True)
+        torch.linalg.vector_norm(torch.tensor(column, dtype=dtype).view(-1, 1), dim=0)
+        for column in zip(*norms, strict=True)
     )
     length_a = torch.where(length_a > _LEAST, length_a, 1)
     length_b = torch.where(length_b > _LEAST, length_b, 1)
     # Normalised before they are multiplied: the product of two long vectors could overflow.
-    products = [((a / length_a) * (b / length_b)).view(1, -1).sum(dim=1) for a, b in pieces()]
-    cosine = torch.stack(products).sum(dim=0).clamp(-1, 1)
+    for a, b in pieces():
+        products.append(float((a / length_a).mul_(b / length_b).view(1, -1).sum(dim=1)))
+    cosine = torch.tensor(products, dtype=dtype).view(-1, 1).sum(dim=0).clamp(-1, 1)
     share = torch.tensor(t, dtype=cosine.dtype)
     parallel = cosine.abs() > _PARALLEL
     angle = torch.acos(torch.where(parallel, 0, cosine))
