@@ -45,6 +45,11 @@ def check_out(out: Path, *, overwrite: bool) -> None:
     """
     if out.is_file():
         raise UserError(f"{out} is a file; name a folder to be written")
+    if out.is_symlink():
+        raise UserError(f"{out} is a link; name the folder that it leads to, or another one")
+    here = Path.cwd()
+    if out.resolve() in (here, *here.parents):
+        raise UserError(f"{out} is, or holds, the current folder; name a folder to be made in it")
     if out.is_dir() and any(out.iterdir()):
         if not overwrite:
             raise UserError(f"{out} is there already; name another folder, or give --overwrite to replace it")
@@ -59,12 +64,12 @@ def check_inputs_apart(out: Path, plan: Plan) -> None:
         UserError: names it.
     """
     target = out.resolve()
-    for model in plan.inputs:
-        folder = model.folder.resolve()
-        if target == folder or target in folder.parents:
-            raise UserError(
-                f"{out} is, or holds, the model {model.label} that is merged; name another folder"
-            )
+    read = [(model.folder, f"the model {model.label}") for model in plan.inputs]
+    named = [source.model for slice_ in plan.config.slices for source in slice_.sources]
+    read += [(Path(ref.lora).expanduser(), f"the adapter {ref.lora}") for ref in named if ref.lora]
+    for folder, what in read:
+        if target == folder.resolve() or target in folder.resolve().parents:
+            raise UserError(f"{out} is, or holds, {what} that is merged; name another folder")
 
 
 def check_space(out: Path, size: int) -> None:
@@ -126,7 +131,9 @@ def _prepare(work: Path, digest: str, shards: tuple[Shard, ...]) -> None:
         return
     complete = {shard.file for shard in shards}
     for file in work.iterdir():
-        if file.name not in complete and file.name != DIGEST:
+        if file.is_dir():
+            shutil.rmtree(file)
+        elif file.name not in complete and file.name != DIGEST:
             file.unlink()
 
 

@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.unit.merge import made
+from tests.unit.delta import checkpoints as made_models
+from tests.unit.merge import made, test_adapters
 from trimtab.errors import UserError
 from trimtab.merge import merge, run, writer
 from trimtab.merge.config import read_config
@@ -318,10 +319,8 @@ def test_an_output_that_is_one_of_the_models(place: Place, name: str) -> None:
         merge(config, place.folder / name)
     with pytest.raises(UserError, match=f"{name} that is merged"):
         merge(config, place.folder / name, overwrite=True)
-    (place.folder / "link").symlink_to(place.folder / name)
     with pytest.raises(UserError, match=f"{name} that is merged"):
-        merge(config, place.folder / "link", overwrite=True)
-    (place.folder / "link").unlink()
+        merge(config, place.folder / "nowhere" / ".." / name, overwrite=True)
     assert made.files_in(place.folder) == before
 
 
@@ -329,6 +328,37 @@ def test_an_output_that_holds_one_of_the_models(place: Place) -> None:
     (place.folder / "config.json").write_text("{}")
     with pytest.raises(UserError, match="is, or holds, the model"):
         merge(read_config(place.values()), place.folder, overwrite=True)
+
+
+@pytest.mark.parametrize("target", ["base", "nowhere"])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_an_output_that_is_a_link(place: Place, target: str, overwrite: bool) -> None:
+    (place.folder / "out").symlink_to(place.folder / target)
+    with pytest.raises(UserError, match="out is a link; name the folder that it leads to"):
+        merge(read_config(place.values()), place.folder / "out", overwrite=overwrite)
+    assert (place.folder / "out").is_symlink()
+
+
+@pytest.mark.parametrize("name", [".", "..", "x/..", "../here"])
+def test_an_output_that_is_the_current_folder(
+    place: Place, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It cannot be replaced by another one while somebody is in it."""
+    (place.folder / "here").mkdir()
+    monkeypatch.chdir(place.folder / "here")
+    before = made.files_in(place.folder)
+    with pytest.raises(UserError, match="is, or holds, the current folder"):
+        merge(read_config(place.values()), name)
+    assert made.files_in(place.folder) == before
+
+
+def test_an_output_that_holds_an_adapter(place: Place, there: Path) -> None:
+    """Found before it is replaced: the adapter lies in a model that --overwrite would remove."""
+    models = made_models.written(made_models.llama(0), place.folder / "llama", "1GB")
+    lora = test_adapters.adapter(there / "lora", models)
+    values = made.values_of("task_arithmetic", models, [], [])
+    values["models"] = [{"model": f"{models}+{lora}", "parameters": {"weight": 1}}]
+    place.refuses(values, ["out is, or holds, the adapter", "lora that is merged"], overwrite=True)
 
 
 def test_a_disk_that_is_too_small(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -402,13 +432,16 @@ def test_after_ctrl_c_complete_files_are_kept_beside_out(place: Place, stopped: 
 def test_the_same_merge_goes_on_from_there(place: Place, stopped: Stopped, tmp_path: Path) -> None:
     before = (stopped.work / FIRST).stat().st_mtime_ns
     (stopped.work / "torn.tmp").write_text("half")
+    (stopped.work / "additional_chat_templates").mkdir()  # transformers makes it, after the weights
     stopped.prepared.clear()
     resumed = place.merged(place.values(), shard_size=200)
     out = place.folder / "out"
     assert stopped.prepared == ["model.layers.1.w", "model.norm.weight"]
     assert (out / FIRST).stat().st_mtime_ns == before
     assert not stopped.work.exists()
-    assert not {"torn.tmp", "merging.json"} & {path.name for path in out.iterdir()}
+    assert not {"torn.tmp", "merging.json", "additional_chat_templates"} & {
+        path.name for path in out.iterdir()
+    }
     whole = merge(read_config(place.values()), tmp_path / "whole" / "out", shard_size=200)
     assert made.files_in(whole) == made.files_in(out)
     for file in made.files_in(whole):
