@@ -99,6 +99,11 @@ class Adapted:
             return delta.to(weight.dtype).add_(weight)
         return delta.add_(weight).to(weight.dtype)
 
+    def expect(self, key: str, low: int, high: int) -> None:
+        """Have the model's weights read ahead; an adapter's are few."""
+        if key not in self._replaced:
+            self._model.expect(key, low, high)
+
     def fingerprint(self) -> str:
         """The model's fingerprint together with a BLAKE2b of all of the adapter."""
         parts = [self._model.fingerprint()]

@@ -43,8 +43,9 @@ def check_out(out: Path, *, overwrite: bool) -> None:
     Raises:
         UserError: says which.
     """
-    if out.is_file():
-        raise UserError(f"{out} is a file; name a folder to be written")
+    for path in (out, *out.parents):
+        if path.is_file():
+            raise UserError(f"{path} is a file; name a folder to be written")
     if out.is_symlink():
         raise UserError(f"{out} is a link; name the folder that it leads to, or another one")
     here = Path.cwd()

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
+import os
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,8 +26,27 @@ _INTEGERS = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+_WILL_NEED = 3  # POSIX_MADV_WILLNEED
 _SAMPLED = 64
 """Places of a file whose bytes go into its fingerprint."""
+
+
+def will_need(values: Tensor) -> None:
+    """Tell the system that a view of a mapped file will be read soon; it reads ahead and returns at once."""
+    size = values.numel() * values.element_size()
+    advise = _advise()
+    if size and advise is not None:
+        start = values.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+        advise(start, values.data_ptr() + size - start, _WILL_NEED)
+
+
+@cache
+def _advise() -> Any:
+    """The system's ``posix_madvise``, where it has one."""
+    found = getattr(ctypes.CDLL(None), "posix_madvise", None) if os.name == "posix" else None
+    if found is not None:
+        found.argtypes, found.restype = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int), ctypes.c_int
+    return found
 
 
 class Input(Protocol):
@@ -53,6 +76,9 @@ class Input(Protocol):
 
         Memory of the order of ``high − low`` entries is used at most, whatever the tensor's size.
         """
+
+    def expect(self, key: str, low: int, high: int) -> None:
+        """Say that these entries will be read soon, so that they are fetched while others are worked on."""
 
     def fingerprint(self) -> str:
         """What tells this model's content apart from another's, in 32 hex digits."""
@@ -111,6 +137,10 @@ class FolderInput:
             flat = self._checkpoint.read(key).reshape(-1)
             self._open = key, flat
         return flat[low:high]
+
+    def expect(self, key: str, low: int, high: int) -> None:
+        """Have the system read ahead."""
+        will_need(self._checkpoint.read(key).reshape(-1)[low:high])
 
     def fingerprint(self) -> str:
         """BLAKE2b of each file's name, size, header and of 64 places of 4 kB, spread evenly over it.

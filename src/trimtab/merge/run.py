@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from itertools import repeat
+from math import prod
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ from trimtab.merge.checks import check_different, not_finite, same_whole_numbers
 from trimtab.merge.config import MergeConfig, load_config
 from trimtab.merge.folder import check_inputs_apart, check_out, check_space, growing, write_surroundings
 from trimtab.merge.plan import Output, Plan, make_plan
-from trimtab.merge.writer import Shard, ShardWriter, sharded, write_index
+from trimtab.merge.writer import Entry, Shard, ShardWriter, sharded, write_index
 from trimtab.ops.fingerprint import combined_digest
 from trimtab.ops.sparsify import Cut, top_count
 
@@ -156,13 +157,23 @@ class Runner:
         with ExitStack() as stack:
             writers = [stack.enter_context(ShardWriter(folder, shard)) for folder in folders]
             stack.callback(self._settle)
-            for entry in shard.entries:
+            for number, entry in enumerate(shard.entries):
                 works = self._prepared(self._place[entry.key])
+                following = shard.entries[number + 1 : number + 2]
                 for low in range(0, entry.count, CHUNK):
                     high = min(low + CHUNK, entry.count)
+                    for one, start in [(entry, high)] if high < entry.count else [(n, 0) for n in following]:
+                        self._expect(one, start)
                     for writer, work in zip(writers, works, strict=True):
                         self._chunk(writer, work, entry.dtype, low, high)
                     self._progress(entry.key, self._done, self._total)
+
+    def _expect(self, entry: Entry, low: int) -> None:
+        """Have the inputs of the chunk that begins at ``low`` read while another one is computed."""
+        plan = self._plans[0]
+        for origin in plan.outputs[self._place[entry.key]].origins():
+            count = prod(plan.inputs[origin.model].shape(origin.key))
+            plan.inputs[origin.model].expect(origin.key, min(low, count), min(low + CHUNK, count))
 
     def _chunk(self, writer: ShardWriter, work: Work, dtype: torch.dtype, low: int, high: int) -> None:
         """Compute a range with all threads and have it written, while the next one is computed."""

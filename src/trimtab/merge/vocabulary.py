@@ -165,6 +165,11 @@ class Aligned:
         self._give(key, first, own, made)
         return made.view(-1)[low - first * columns : high - first * columns]
 
+    def expect(self, key: str, low: int, high: int) -> None:
+        """Have the model's values read ahead, where they are not moved about."""
+        if key not in self._members:
+            self._model.expect(key, low, high)
+
     def fingerprint(self) -> str:
         """The model's fingerprint."""
         return self._model.fingerprint()
