@@ -24,6 +24,7 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,9 @@ merge = MergeConfiguration.model_validate(yaml.safe_load(open(config)))
 run_merge(merge, out, MergeOptions(quiet=True, copy_tokenizer=False))
 print(json.dumps([time.perf_counter() - wall, time.process_time() - cpu, int(own[0]) * 1024]))
 """
+GRID = OURS.replace("trimtab.merge.run.merge(config, out)", "sweep(config, out)").replace(
+    "from trimtab.merge.vocabulary import check_vocabularies", "from trimtab.merge.sweep import sweep"
+)
 
 
 @dataclass
@@ -231,6 +235,26 @@ class Bench:
             "copying": moving,
         }
 
+    def grid(self, repeats: int) -> dict[str, Any]:
+        """A sweep of fifteen points beside one merge, ours alone."""
+        config = self._folder / "ours.yaml"
+        config.write_text(yaml.safe_dump(configuration("ties, paper", self._models)))
+        runs: dict[str, list[Run]] = {"one": [], "fifteen": []}
+        for _ in range(repeats):
+            for name, script in (("one", OURS), ("fifteen", GRID)):
+                runs[name].append(self._run([sys.executable, "-c", script, str(config)], inner=True))
+                shutil.rmtree(self._folder / "out")
+        pairs = [
+            (one.inner, fifteen.inner) for one, fifteen in zip(runs["one"], runs["fifteen"], strict=True)
+        ]
+        line = {
+            "one, s": f"{statistics.median(one[0] for one, _ in pairs):.2f}",
+            "fifteen, s": f"{statistics.median(fifteen[0] for _, fifteen in pairs):.2f}",
+            "×": _spread([fifteen[0] / one[0] for one, fifteen in pairs]),
+            "CPU ×": _spread([fifteen[1] / one[1] for one, fifteen in pairs]),
+        }
+        return {"runs": {name: [asdict(run) for run in some] for name, some in runs.items()}, "line": line}
+
     def _run(self, command: Sequence[str], *, inner: bool = False, after: Sequence[str] = ()) -> Run:
         out = self._folder / "out"
         shutil.rmtree(self._folder / "kept", ignore_errors=True)
@@ -302,6 +326,7 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--grid", action="store_true", help="a sweep of fifteen points beside one merge")
     parser.add_argument("--scratch", help="a folder for models and outputs (13 GB for 1B in float32)")
     parser.add_argument("--out", type=Path, default=RESULT)
     given = parser.parse_args()
@@ -312,9 +337,12 @@ def main() -> None:
                 folder = Path(scratch)
                 models = make_models(folder / "models", SHAPES[shape], getattr(torch, dtype))
                 bench = Bench(folder, models, given.peer)
-                for method in given.methods:
-                    cell = bench.cell(method, given.repeats)
-                    cell["line"] = summary(cell)
+                cells = {"grid": bench.grid} if given.grid else {}
+                for method in () if given.grid else given.methods:
+                    cells[method] = partial(bench.cell, method)
+                for method, measure in cells.items():
+                    cell = measure(given.repeats)
+                    cell["line"] = cell.get("line") or summary(cell)
                     results.setdefault(f"{shape}, {dtype}", {})[method] = cell
                     line = json.dumps(cell["line"], ensure_ascii=False)
                     print(f"{shape}, {dtype}, {method}: {line}", flush=True)
