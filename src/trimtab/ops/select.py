@@ -232,7 +232,9 @@ def cuts(magnitudes: Sequence[Magnitudes], counts: Sequence[int]) -> list[list[C
     for known in range(len(widths)):
         prefixes = sorted({search.value for search in searched.values()})
         if prefixes:
-            rows = np.sum([one.histograms(known, prefixes) for one in magnitudes], axis=0)
+            rows = np.zeros((len(prefixes), 1 << widths[known]), np.int64)
+            for one in magnitudes:  # none is kept: arrays between large temporaries split up the heap
+                rows += one.histograms(known, prefixes)
             for search in searched.values():
                 search.descend(rows[prefixes.index(search.value)])
     return [_cuts_at(searched.get(k), magnitudes) for k in counts]
