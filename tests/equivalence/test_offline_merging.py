@@ -21,6 +21,8 @@ from tests.unit.merge import made
 from trimtab import OnlineMerging
 from trimtab.merge import arithmetic
 from trimtab.ops import DELTA, UPDATE, MaskKey, Operator
+from trimtab.ops.combine import merge_range
+from trimtab.ops.sparsify import Sparsifier, thinning
 
 SEED, COUNT, ALPHA = 6, 7, 0.4
 FIDELITIES = pytest.mark.parametrize("fidelity", ["paper", "mergekit"])
@@ -145,6 +147,28 @@ def test_every_operator_gives_the_same_online_and_offline(
         for low, high in pairwise(bounds):
             assert arithmetic.compute_into(ready, low, high, written[low:high])
         assert same_bits(written.view(value.shape), value), name
+
+
+@pytest.mark.parametrize("sparsify", ["none", "bernoulli", "top"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_vote_before_weighting_gives_the_same_online_and_offline(
+    sparsify: Sparsifier, dtype: torch.dtype
+) -> None:
+    """Here −α·(−τ) will not do, since −τ would vote: the deltas themselves are merged."""
+
+    def optimizer(policy: Policy) -> Any:
+        inner = torch.optim.AdamW(policy.named(), lr=LR, weight_decay=0.0)
+        merging = {"reserve_rate": 0.3, "merge_weight": ALPHA, "merge_every": 1000, "seed": SEED}
+        return OnlineMerging(inner, policy.delta, sparsify=sparsify, consensus="sign_unweighted", **merging)
+
+    before, policy = trained(optimizer, SHAPES, dtype)
+    operator = Operator(sparsify, "none", "sign_unweighted")
+    for name, value in policy.values().items():
+        start = policy.start[name]
+        deltas = [before[name] - start, policy.delta.tensor(name, dtype)]
+        keys = [online_key(SEED, place, name) for place in (1, 2)]
+        how = [thinning(d, sparsify, 0.3, key=key) for d, key in zip(deltas, keys, strict=True)]
+        assert same_bits(merge_range(start, deltas, [1 - ALPHA, ALPHA], how, operator), value), name
 
 
 # merges that are one of the models

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from trimtab import __version__
 from trimtab.delta.progress import progress_bar
 from trimtab.merge.arithmetic import Cuts, Task, compute_into, decided, ranked
 from trimtab.merge.card import model_card
@@ -101,7 +102,8 @@ def run_plans(
     with ExitStack() as stack:
         folders = []
         for plan, out in zip(plans, outs, strict=True):
-            digest = combined_digest([plan.config.text, repr(plan.outputs), repr(shards), *fingerprints])
+            followed = [__version__, plan.config.text, repr(plan.outputs), repr(shards), *fingerprints]
+            digest = combined_digest(followed)
             folders.append(stack.enter_context(growing(out, digest, shards)))
         bar = stack.enter_context(progress_bar("merging")) if progress else _silent
         runner = stack.enter_context(running(plans, bar))

@@ -471,6 +471,34 @@ def test_another_merge_does_not_go_on_from_there(
     assert not stopped.work.exists()
 
 
+def test_another_version_does_not_go_on_from_there(
+    place: Place, stopped: Stopped, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its numbers may be others."""
+    monkeypatch.setattr(run, "__version__", "0.0.0")
+    stopped.prepared.clear()
+    place.merged(place.values(), shard_size=200)
+    assert len(stopped.prepared) == 4
+
+
+def test_after_ctrl_c_at_the_very_end_nothing_is_computed_again(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = run.write_surroundings
+
+    def interrupted(folder: Path, *rest: Any) -> None:
+        write(folder, *rest)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "write_surroundings", interrupted)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        place.merged(place.values(), shard_size=200)
+    assert caught.value.__notes__ == ["2 of 2 files are kept, and the same command goes on from there"]
+    monkeypatch.undo()
+    monkeypatch.setattr(run.Runner, "write", None)
+    assert sorted(place.merged(place.values(), shard_size=200)) == sorted(SHAPES)
+
+
 def test_other_files_are_other_remains(place: Place, stopped: Stopped) -> None:
     stopped.prepared.clear()
     place.merged(place.values(), shard_size=130)
