@@ -214,7 +214,7 @@ class _Planner:
         self.used: set[Origin] = set()
         outputs = self._sliced() if self.config.sliced else self._whole(self.config.slices[0])
         if not self.config.sliced:
-            self._find_extra()
+            self._find_extra(self.config.slices[0].sources)
         if self.problems and not self.config.allow_partial:
             self.problems.refuse(
                 f"the models do not have the same tensors as {self.inputs[self.donor].label}; give models of "
@@ -279,6 +279,8 @@ class _Planner:
                 continue
             slice_, list_ = (first, before) if position.where == "before" else (last, after)
             list_.append(self._output(key, [(source, key) for source in slice_.sources], slice_, position))
+        self._find_extra(first.sources, "before")
+        self._find_extra(last.sources, "after")
         found, at = before, 0
         for slice_ in self.config.slices:
             low, high = _span(slice_)
@@ -304,15 +306,17 @@ class _Planner:
                 rest = key.removeprefix(starts[leader.model])
                 sources = [(source, starts[source.model] + rest) for source in slice_.sources]
                 yield self._output(f"{prefix}{at}.{rest}", sources, slice_, position)
+        for source in slice_.sources[1:]:
+            self._find_extra([source], "layer", starts[source.model])
 
-    def _find_extra(self) -> None:
-        """Note the tensors of the other models that go nowhere."""
-        merged = {self.place[source.model] for source in self.config.slices[0].sources}
-        for place, model in enumerate(self.inputs):
-            if place not in merged:  # it gives the tokenizer alone
-                continue
+    def _find_extra(self, sources: Sequence[Source], where: str | None = None, start: str = "") -> None:
+        """Note the tensors of models that go nowhere: all, or those of some place whose keys begin so."""
+        for place in {self.place[source.model] for source in sources}:
+            model, layers = self.inputs[place], self.layers[place]
             for key in model.keys():  # noqa: SIM118 (an input is no dict)
                 tied = is_head(key) and is_tied(model.config)
+                if not key.startswith(start) or (where and layers.position(key).where != where):
+                    continue
                 if Origin(place, key) not in self.used and not tied and not key.endswith(_IGNORED):
                     self.problems.extra.append(f"{key} in {model.label}")
 

@@ -323,6 +323,28 @@ def test_an_anchored_merge_of_slices_takes_the_base_of_its_layers(place: Place) 
     assert [one.key for one in bases if one] == [f"model.layers.{i}.attn.weight" for i in (0, 1, 1, 2)]
 
 
+def test_what_a_source_of_a_slice_has_and_the_others_do_not_is_told(place: Place) -> None:
+    """In its layers that are used, and before and after them where it is used; nowhere else."""
+    one = place.model("one")
+    more = {f"{stem}.bias": torch.ones(2) for stem in ("model.pre", "model.norm", "model.layers.1.mlp")}
+    two = place.model("two", tensors=made.random_tensors(SHAPES, 5) | more)
+
+    def slices(*spans: tuple[int, int]) -> dict[str, Any]:
+        return sliced(*([(one, span, {"weight": 1}), (two, span, {"weight": 1})] for span in spans))
+
+    with pytest.raises(UserError) as caught:
+        plan_of(slices((0, 2), (3, 4)))
+    assert "3 extra (" in str(caught.value)
+    assert all(key in str(caught.value) for key in more)
+    with pytest.raises(UserError) as caught:
+        plan_of(slices((0, 1), (2, 4)))
+    assert "2 extra (model.pre.bias in" in str(caught.value)
+    between = sliced(
+        [(one, (0, 2), {"weight": 1})], [(two, (2, 4), {"weight": 1})], [(one, (0, 2), {"weight": 1})]
+    )
+    assert len(plan_of(between).outputs) == 6 * 2 + 3
+
+
 # where tensors stand
 
 
