@@ -16,7 +16,7 @@ Row = dict[str, Any]
 FORMATS = ("auto", "trl", "chat", "alpaca", "sharegpt", "hh", "ranked")
 """What ``data.format`` may be. ``chat`` is TRL's columns holding text, to be read as messages."""
 
-NEEDS = {"dpo": "pairs", "sft": "instructions"}
+NEEDS = {"dpo": "pairs", "ipo": "pairs", "sft": "instructions"}
 """What each training method is trained on."""
 
 
@@ -208,10 +208,12 @@ def _missing_names(row: Row, asked: Iterable[Layout]) -> Iterator[str]:
 
 def _other_use(row: Row, method: str) -> str:
     """What the rows look like, when they look like data for something else."""
-    if isinstance(row.get("label"), bool) and method == "dpo":
+    if isinstance(row.get("label"), bool) and NEEDS[method] == "pairs":
         return " (these rows are labelled answers without a partner, which is data for KTO)"
     if method == "sft" and not _PAIRS[-1].missing(row):
         return " (these are ranked responses, which method dpo reads)"
-    if method == "dpo" and any(not layout.missing(row) for layout in (*_INSTRUCTIONS, *_LAST_INSTRUCTIONS)):
+    if NEEDS[method] == "pairs" and any(
+        not layout.missing(row) for layout in (*_INSTRUCTIONS, *_LAST_INSTRUCTIONS)
+    ):
         return " (this is instruction data, which method sft reads)"
     return ""

@@ -3,7 +3,7 @@
 from trimtab.recipe.differences import Difference, recipe_differences, refuse_differences
 from trimtab.recipe.loading import load_recipe, make_recipe
 from trimtab.recipe.paths import local_path
-from trimtab.recipe.recipe import METHODS, DPORecipe, Recipe, SFTRecipe
+from trimtab.recipe.recipe import METHODS, DPORecipe, IPORecipe, Recipe, SFTRecipe
 from trimtab.recipe.sections import (
     MERGING,
     Adapter,
@@ -11,6 +11,7 @@ from trimtab.recipe.sections import (
     DPOLoss,
     Evaluation,
     Group,
+    IPOLoss,
     LearningRateSchedule,
     Optimizer,
     Schedule,
@@ -31,6 +32,8 @@ __all__ = [
     "Difference",
     "Evaluation",
     "Group",
+    "IPOLoss",
+    "IPORecipe",
     "LearningRateSchedule",
     "Optimizer",
     "Recipe",

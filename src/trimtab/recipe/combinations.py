@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from trimtab.recipe.recipe import Recipe
-from trimtab.recipe.sections import MERGE_SETTINGS, MERGING, Optimizer, Schedule, SFTLoss
+from trimtab.recipe.sections import MERGE_SETTINGS, MERGING, DPOLoss, Optimizer, Schedule
 from trimtab.yaml_file import Key, Problem
 
 NAME: Key = ("optimizer", "name")
@@ -26,8 +26,8 @@ def combination_problems(recipe: Recipe) -> Iterator[Problem]:
 
 def _models(recipe: Recipe) -> Iterator[Problem]:
     if recipe.model is None:
-        what = "the SFT model to start from" if recipe.method == "dpo" else "the model to start from"
-        first = "reference" if recipe.method == "dpo" else "model"
+        what = "the SFT model to start from" if recipe.needs_reference else "the model to start from"
+        first = "reference" if recipe.needs_reference else "model"
         yield Problem((first,), f"is missing: method {recipe.method} needs {what}, a folder or a hub id")
     if recipe.base is not None and recipe.delta is not None:
         yield Problem(("delta",), "and base are both given; keep the one the reference delta is to come from")
@@ -160,11 +160,8 @@ def _reserve_rate_schedule(schedule: Schedule) -> Iterator[Problem]:
 
 
 def _loss_and_data(recipe: Recipe) -> Iterator[Problem]:
-    if (
-        not isinstance(recipe.loss, SFTLoss)
-        and recipe.loss.type == "exo_pair"
-        and not recipe.loss.label_smoothing
-    ):
+    loss = recipe.loss
+    if isinstance(loss, DPOLoss) and loss.type == "exo_pair" and not loss.label_smoothing:
         yield Problem(("loss", "label_smoothing"), "must be above 0 for the loss exo_pair, e.g. 1e-3")
     if recipe.data.streaming and not _positive(recipe.training.get("max_steps")):
         yield Problem(

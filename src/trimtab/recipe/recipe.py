@@ -12,6 +12,7 @@ from trimtab.recipe.sections import (
     Data,
     DPOLoss,
     Evaluation,
+    IPOLoss,
     Optimizer,
     Schedules,
     Section,
@@ -34,11 +35,11 @@ class Recipe(Section):
     default_lr: ClassVar[float] = 2e-5
 
     method: str
-    """What to train with: sft or dpo."""
+    """What to train with: sft, dpo or ipo."""
     model: Text | None = None
     """Where the policy starts: a model folder or a hub id; the reference when not given."""
     reference: Text | None = None
-    """The SFT model: DPO's reference, and the end of the reference delta; the model when not given."""
+    """The SFT model: what dpo and ipo compare with, the end of the delta; the model when not given."""
     base: Text | None = None
     """The pretrained model the reference was tuned from; gives the reference delta."""
     delta: Text | None = None
@@ -46,7 +47,7 @@ class Recipe(Section):
     adapter: Adapter | None = None
     """Train a LoRA adapter instead of the weights."""
     data: Data
-    loss: SFTLoss | DPOLoss
+    loss: SFTLoss | DPOLoss | IPOLoss
     optimizer: Optimizer
     schedule: Schedules = Schedules()
     training: dict[str, Any] = Field(default_factory=dict)
@@ -129,8 +130,18 @@ class DPORecipe(Recipe):
     loss: DPOLoss
 
 
-METHODS: dict[str, type[Recipe]] = {"sft": SFTRecipe, "dpo": DPORecipe}
+class IPORecipe(Recipe):
+    """Identity preference optimization against an explicit reference."""
+
+    default_lr: ClassVar[float] = 1e-6
+    needs_reference: ClassVar[bool] = True
+
+    method: Literal["ipo"]
+    loss: IPOLoss
+
+
+METHODS: dict[str, type[Recipe]] = {"sft": SFTRecipe, "dpo": DPORecipe, "ipo": IPORecipe}
 """The recipe class of each method."""
 
-NOT_YET = ("reward", "ipo", "kto", "rrhf", "ppo", "grpo", "rloo")
+NOT_YET = ("reward", "kto", "rrhf", "ppo", "grpo", "rloo")
 """Methods that are planned and refused by name until they are there."""

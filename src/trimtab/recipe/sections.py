@@ -150,6 +150,15 @@ class DPOLoss(Section):
     """How much of the chosen answers' negative log-likelihood is added (RPO's alpha)."""
 
 
+class IPOLoss(Section):
+    """Identity preference optimization (arXiv 2310.12036), as TRL computes it: with means over tokens."""
+
+    beta: Positive = 0.1
+    """tau of the paper: the margin between two answers, in log-ratio per token, is to become 1 / (2 beta)."""
+    sft_weight: NonNegative = 0.0
+    """How much of the chosen answers' negative log-likelihood is added (RPO's alpha)."""
+
+
 class Adapter(Section):
     """Train a LoRA adapter instead of the weights."""
 
@@ -181,7 +190,7 @@ class Optimizer(Section):
     name: Literal["adamw", "ondare", "onties", "online_merging"] = "adamw"
     """online_merging takes any pairing of sparsify and consensus."""
     lr: NonNegative
-    """Learning rate at its peak; default 1e-6 for dpo and 2e-5 for sft."""
+    """Learning rate at its peak; default 1e-6 for dpo and ipo, 2e-5 for sft."""
     betas: tuple[ShareBelowOne, ShareBelowOne] = (0.9, 0.999)
     eps: Positive | None = None
     """Adam's epsilon; given by the fidelity when not set (1e-8; released: 1e-6)."""

@@ -11,7 +11,11 @@ import yaml
 from trimtab.train.folder import RunFolder
 from trimtab.train.parts import Parts
 
-_NAMES = {"sft": "Supervised fine-tuning", "dpo": "Direct preference optimization (arXiv 2305.18290)"}
+_NAMES = {
+    "sft": "Supervised fine-tuning",
+    "dpo": "Direct preference optimization (arXiv 2305.18290)",
+    "ipo": "Identity preference optimization (arXiv 2310.12036)",
+}
 _MEASURED = ("loss", "rewards/accuracies", "rewards/margins", "mean_token_accuracy")
 
 

@@ -57,6 +57,26 @@ def find_model(source: str, key: str) -> ModelFolder:
     return ModelFolder(located.folder, located.label, is_adapter)
 
 
+def refuse_other_shape(policy: ModelFolder, reference: ModelFolder) -> None:
+    """Refuse a reference whose tensors differ in shape from the policy's, by the headers of their files.
+
+    Only whole models are compared: an adapter has no tensors in common with a model.
+
+    Raises:
+        UserError: naming the first tensor that differs.
+    """
+    if policy.is_adapter or reference.is_adapter or policy == reference:
+        return
+    ours, theirs = (open_checkpoint(model.folder) for model in (policy, reference))
+    for name in sorted({*ours.keys(), *theirs.keys()} - {"lm_head.weight"}):  # absent where it is tied
+        there = [list(one.shape(name)) if name in one else "absent" for one in (ours, theirs)]
+        if there[0] != there[1]:
+            raise UserError(
+                f"reference {reference.label!r} is not of the shape of model {policy.label!r}: {name} is "
+                f"{there[1]} in the reference and {there[0]} in the model; take two versions of one model"
+            )
+
+
 def load_tokenizer(model: ModelFolder) -> PreTrainedTokenizerBase:
     """Load the model's tokenizer; where it has no padding token, the end-of-sequence token pads, as in TRL.
 

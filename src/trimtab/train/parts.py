@@ -11,7 +11,7 @@ from trimtab.delta import ReferenceDelta
 from trimtab.errors import UserError
 from trimtab.recipe import Recipe
 from trimtab.train.arguments import training_arguments
-from trimtab.train.models import ModelFolder, find_model, load_delta, load_tokenizer
+from trimtab.train.models import ModelFolder, find_model, load_delta, load_tokenizer, refuse_other_shape
 from trimtab.train.optimizers import OptimizerPlan
 from trimtab.train.terminal import is_first_process
 
@@ -25,7 +25,7 @@ class Parts:
         arguments: the trainer's arguments.
         tokenizer: the policy's tokenizer.
         policy: where the policy starts.
-        reference: DPO's reference; None for methods without one.
+        reference: what the policy is compared with; None for methods without one.
         delta: the reference delta; None for optimizers that do not merge.
         data: training rows and what was dropped.
         held_out_data: the same for the held-out rows; None without them.
@@ -105,7 +105,9 @@ def find_models(recipe: Recipe) -> tuple[ModelFolder, ModelFolder | None]:
     if not recipe.needs_reference or recipe.reference is None:
         return policy, None
     same = recipe.reference == recipe.model
-    return policy, policy if same else find_model(recipe.reference, "reference")
+    reference = policy if same else find_model(recipe.reference, "reference")
+    refuse_other_shape(policy, reference)
+    return policy, reference
 
 
 def _load(recipe: Recipe, part: str, tokenizer: Any) -> PreparedData:

@@ -31,10 +31,10 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
     ("missing", DPO, {"data": {}}, "data.train is missing"),
     ("missing", DPO, {"data": ...}, "data is missing"),
     ("null", DPO, {"output": None}, "output must be text, not null"),
-    ("no method", DPO, {"method": ...}, "method is missing; known: sft, dpo"),
+    ("no method", DPO, {"method": ...}, "method is missing; known: sft, dpo, ipo"),
     ("near method", DPO, {"method": "dppo"}, "method 'dppo' is not known; did you mean dpo?"),
-    ("later method", DPO, {"method": "kto"}, "method kto is not available yet; available: sft, dpo"),
-    ("method of another type", DPO, {"method": ["dpo"]}, "method must be text, not a list; known: sft, dpo"),
+    ("later method", DPO, {"method": "rrhf"}, "method rrhf is not available yet; available: sft, dpo, ipo"),
+    ("method of another type", DPO, {"method": ["dpo"]}, "method must be text, not a list; known: sft, dpo, ipo"),
     ("text for a number", DPO, {"loss.beta": "yes"}, "loss.beta must be a number, not 'yes'"),
     ("boolean for a number", DPO, {"loss.beta": True}, "loss.beta must be a number, not true"),
     ("infinite", DPO, {"optimizer.lr": float("inf")}, "optimizer.lr must be a finite number, not inf"),
@@ -324,6 +324,6 @@ def test_a_wrong_key_gives_no_echo_in_later_checks():
 
 def test_an_unknown_method_does_not_hide_the_rest():
     with pytest.raises(UserError) as caught:
-        make_recipe(changed(DPO, {"method": "kto", "seed": "x", "base": "./nowhere", "loss.weird": 1}))
+        make_recipe(changed(DPO, {"method": "rrhf", "seed": "x", "base": "./nowhere", "loss.weird": 1}))
     keys = {line.split()[0] for line in str(caught.value).splitlines()[1:]}
     assert keys == {"method", "seed", "base"}

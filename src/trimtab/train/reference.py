@@ -1,0 +1,23 @@
+"""The reference that a method compares the policy with: loaded from where the recipe says, never guessed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from trimtab.train.models import load_model
+from trimtab.train.parts import Parts
+
+
+def load_reference(parts: Parts) -> Any:
+    """Load the reference, frozen; None where an adapter's own start is the reference.
+
+    Without a model for it TRL reloads one from the path in the policy's configuration, whatever that is by
+    now. Under an adapter TRL can do without a second model, but what it then compares with is the adapter's
+    start: we let it only where that is the reference.
+    """
+    adapted = parts.recipe.adapter is not None or parts.policy.is_adapter
+    if adapted and parts.reference == parts.policy:
+        return None
+    assert parts.reference is not None
+    reference = load_model(parts.reference, parts.model_settings, trainable=False)
+    return reference.eval().requires_grad_(False)

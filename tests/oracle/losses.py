@@ -1,0 +1,42 @@
+"""The losses of preference training, spelled out over float64 log-probabilities of single tokens.
+
+Each answer is the list of its tokens' log-probabilities, under the policy and under the reference.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+Answer = tuple[list[float], list[float]]
+"""One answer: its tokens' log-probabilities under the policy, and under the reference."""
+
+
+def ipo(chosen: Answer, rejected: Answer, beta: float, *, per_token: bool = True) -> float:
+    """IPO, Eq. 17 of arXiv 2310.12036; ``per_token`` is TRL's mean over tokens instead of the sum."""
+    ratios = []
+    for policy, reference in (chosen, rejected):
+        total = 0.0
+        for ours, theirs in zip(policy, reference, strict=True):
+            total += ours - theirs
+        ratios.append(total / len(policy) if per_token else total)
+    return (ratios[0] - ratios[1] - 1 / (2 * beta)) ** 2
+
+
+def log_probabilities(model: Any, prompt: list[int], answer: list[int]) -> list[float]:
+    """The tokens' log-probabilities in float64: one row, no padding, all logits."""
+    with torch.no_grad():
+        logits = model.double()(torch.tensor([prompt + answer])).logits[0]
+    result = []
+    for place, token in enumerate(answer, start=len(prompt) - 1):
+        row = logits[place].tolist()
+        top = max(row)
+        result.append(row[token] - top - math.log(sum(math.exp(value - top) for value in row)))
+    return result
+
+
+def answer(policy: Any, reference: Any, prompt: list[int], tokens: list[int]) -> Answer:
+    """One answer to one prompt, under both models."""
+    return log_probabilities(policy, prompt, tokens), log_probabilities(reference, prompt, tokens)
