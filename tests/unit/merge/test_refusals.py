@@ -5,9 +5,7 @@ from __future__ import annotations
 import errno
 import shutil
 from collections import namedtuple
-from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -15,62 +13,12 @@ from torch import Tensor
 
 from tests.unit.delta import checkpoints as made_models
 from tests.unit.merge import made, test_adapters
+from tests.unit.merge.place import SHAPES, Place
 from trimtab.errors import UserError
-from trimtab.merge import merge, run, writer
+from trimtab.merge import merge, writer
 from trimtab.merge.config import read_config
 
-SHAPES = {
-    "model.embed_tokens.weight": (8, 4),
-    "model.layers.0.w": (4, 4),
-    "model.layers.1.w": (4, 4),
-    "model.norm.weight": (4,),
-}
 ANCHORED = ["task_arithmetic", "ties", "dare_linear", "dare_ties"]
-Edit = Callable[[dict[str, Tensor]], Any]
-
-
-class Place:
-    """A folder with a base and two models tuned from it."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        base = made.random_tensors(SHAPES, 0)
-        self.tensors = {"base": base, "one": made.moved(base, 1), "two": made.moved(base, 2)}
-        for name in self.tensors:
-            self.write(name)
-
-    def write(self, name: str, edit: Edit = lambda tensors: None, **config: Any) -> None:
-        """Write a model, changed."""
-        tensors = dict(self.tensors[name])
-        edit(tensors)
-        made.folder(self.folder / name, tensors, **{"num_hidden_layers": 2, **config})
-
-    def values(self, method: str = "ties", **top: Any) -> dict[str, Any]:
-        """A merge of all three."""
-        paths = [self.folder / name for name in self.tensors]
-        if method == "linear":
-            return made.values_of(method, None, paths, [{"weight": 0.3}] * 3, **top)
-        if method in ("slerp", "hma"):
-            shared = {"t": 0.5} if method == "slerp" else {"ratio": 0.5}
-            return made.values_of(method, paths[0], paths[1:2], parameters=shared, **top)
-        return made.values_of(method, paths[0], paths[1:], [{"weight": 1, "density": 0.5}] * 2, **top)
-
-    def merged(self, values: Mapping[str, Any], **options: Any) -> dict[str, Tensor]:
-        return made.merged(self.folder / "out", values, **options)
-
-    def refuses(self, values: Mapping[str, Any], words: Sequence[str], **options: Any) -> str:
-        """The merge is refused in one sentence with these words in this order, and leaves nothing."""
-        before = made.files_in(self.folder)
-        with pytest.raises(UserError) as caught:
-            self.merged(values, **options)
-        sentence = str(caught.value)
-        assert "\n" not in sentence
-        at = 0
-        for part in words:
-            assert part in sentence[at:], f"{part!r} is not in {sentence!r} (after {at})"
-            at = sentence.index(part, at) + len(part)
-        assert made.files_in(self.folder) == before
-        return sentence
 
 
 @pytest.fixture
@@ -382,149 +330,4 @@ def test_a_disk_that_fills_up(place: Place, monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(OSError, match="No space left"):
         place.merged(place.values(), shard_size=64)
     assert len(set(files)) == 2
-    assert made.files_in(place.folder) == before
-
-
-# interrupted
-
-
-class Stopped:
-    """Ctrl-C while the second file is computed; later merges count what they compute."""
-
-    def __init__(self, place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.place, self.work = place, place.folder / ".out.merging"
-        self.prepared: list[str] = []
-        prepare = run.Runner._prepared
-
-        def counted(runner: run.Runner, number: int) -> Any:
-            self.prepared.append(runner._plans[0].outputs[number].entry.key)
-            return prepare(runner, number)
-
-        def interrupted(runner: run.Runner, number: int) -> Any:
-            if len(self.prepared) == 2:  # two tensors of 64 bytes, then one of the second file
-                raise KeyboardInterrupt
-            return counted(runner, number)
-
-        monkeypatch.setattr(run.Runner, "_prepared", interrupted)
-        with pytest.raises(KeyboardInterrupt) as caught:
-            place.merged(place.values(), shard_size=200)
-        self.notes = caught.value.__notes__
-        monkeypatch.setattr(run.Runner, "_prepared", counted)
-
-    def kept(self) -> list[str]:
-        return sorted(path.name for path in self.work.iterdir())
-
-
-@pytest.fixture
-def stopped(place: Place, monkeypatch: pytest.MonkeyPatch) -> Stopped:
-    return Stopped(place, monkeypatch)
-
-
-FIRST = "model-00001-of-00002.safetensors"
-
-
-def test_after_ctrl_c_complete_files_are_kept_beside_out(place: Place, stopped: Stopped) -> None:
-    assert not (place.folder / "out").exists()
-    assert stopped.kept() == ["merging.json", FIRST]
-    assert stopped.notes == ["1 of 2 files are kept, and the same command goes on from there"]
-
-
-def test_the_same_merge_goes_on_from_there(place: Place, stopped: Stopped, tmp_path: Path) -> None:
-    before = (stopped.work / FIRST).stat().st_mtime_ns
-    (stopped.work / "torn.tmp").write_text("half")
-    (stopped.work / "additional_chat_templates").mkdir()  # transformers makes it, after the weights
-    stopped.prepared.clear()
-    resumed = place.merged(place.values(), shard_size=200)
-    out = place.folder / "out"
-    assert stopped.prepared == ["model.layers.1.w", "model.norm.weight"]
-    assert (out / FIRST).stat().st_mtime_ns == before
-    assert not stopped.work.exists()
-    assert not {"torn.tmp", "merging.json", "additional_chat_templates"} & {
-        path.name for path in out.iterdir()
-    }
-    whole = merge(read_config(place.values()), tmp_path / "whole" / "out", shard_size=200)
-    assert made.files_in(whole) == made.files_in(out)
-    for file in made.files_in(whole):
-        assert (whole / file).read_bytes() == (out / file).read_bytes(), file
-    assert sorted(resumed) == sorted(SHAPES)
-
-
-def changed_density(place: Place) -> dict[str, Any]:
-    values = place.values()
-    values["models"][0]["parameters"]["density"] = 0.4
-    return values
-
-
-def changed_model(place: Place) -> dict[str, Any]:
-    place.tensors["one"] = made.moved(place.tensors["base"], 9)
-    place.write("one")
-    return place.values()
-
-
-@pytest.mark.parametrize("change", [changed_density, changed_model])
-def test_another_merge_does_not_go_on_from_there(
-    place: Place, stopped: Stopped, change: Callable[[Place], dict[str, Any]]
-) -> None:
-    stopped.prepared.clear()
-    place.merged(change(place), shard_size=200)
-    assert len(stopped.prepared) == 4
-    assert not stopped.work.exists()
-
-
-def test_another_version_does_not_go_on_from_there(
-    place: Place, stopped: Stopped, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its numbers may be others."""
-    monkeypatch.setattr(run, "__version__", "0.0.0")
-    stopped.prepared.clear()
-    place.merged(place.values(), shard_size=200)
-    assert len(stopped.prepared) == 4
-
-
-def test_after_ctrl_c_at_the_very_end_nothing_is_computed_again(
-    place: Place, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write = run.write_surroundings
-
-    def interrupted(folder: Path, *rest: Any) -> None:
-        write(folder, *rest)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(run, "write_surroundings", interrupted)
-    with pytest.raises(KeyboardInterrupt) as caught:
-        place.merged(place.values(), shard_size=200)
-    assert caught.value.__notes__ == ["2 of 2 files are kept, and the same command goes on from there"]
-    monkeypatch.undo()
-    monkeypatch.setattr(run.Runner, "write", None)
-    assert sorted(place.merged(place.values(), shard_size=200)) == sorted(SHAPES)
-
-
-def test_other_files_are_other_remains(place: Place, stopped: Stopped) -> None:
-    stopped.prepared.clear()
-    place.merged(place.values(), shard_size=130)
-    assert len(stopped.prepared) == 4
-
-
-def test_an_error_in_the_second_run_removes_the_remains(
-    place: Place, stopped: Stopped, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def failing(runner: run.Runner, number: int) -> Any:
-        raise UserError("no")
-
-    monkeypatch.setattr(run.Runner, "_prepared", failing)
-    assert stopped.work.is_dir()
-    with pytest.raises(UserError, match="no"):
-        place.merged(place.values(), shard_size=200)
-    assert not stopped.work.exists()
-
-
-def test_ctrl_c_in_the_first_file_leaves_nothing(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(runner: run.Runner, number: int) -> Any:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(run.Runner, "_prepared", interrupted)
-    before = made.files_in(place.folder)
-    with pytest.raises(KeyboardInterrupt) as caught:
-        place.merged(place.values(), shard_size=200)
-    assert not hasattr(caught.value, "__notes__")
     assert made.files_in(place.folder) == before
