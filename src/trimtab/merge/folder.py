@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,11 @@ from trimtab.merge.layers import COUNTS
 from trimtab.merge.plan import Plan
 from trimtab.merge.tokens import tokenizer_folder
 from trimtab.merge.writer import Shard
+
+try:
+    import fcntl
+except ImportError:  # not a POSIX system
+    fcntl = None  # type: ignore[assignment]
 
 DIGEST = "merging.json"
 """What the work folder holds beside complete files: which merge they belong to."""
@@ -101,7 +107,32 @@ def growing(out: Path, digest: str, shards: tuple[Shard, ...]) -> Iterator[Path]
         shards: the files that are kept.
     """
     work = out.absolute().parent / f".{out.name}.merging"
-    _prepare(work, digest, shards)
+    with _alone(work, out):
+        _prepare(work, digest, shards)
+        yield from _grown(work, out, shards)
+
+
+@contextmanager
+def _alone(work: Path, out: Path) -> Iterator[None]:
+    """Make the folder and keep other merges out of it."""
+    if work.exists() and not work.is_dir():
+        raise UserError(f"{work} is in the way of the folder in which {out} grows; remove it")
+    work.mkdir(parents=True, exist_ok=True)
+    if fcntl is None:
+        yield
+        return
+    handle = os.open(work, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another merge is writing {out}; wait for it, or name another folder") from None
+        yield
+    finally:
+        os.close(handle)
+
+
+def _grown(work: Path, out: Path, shards: tuple[Shard, ...]) -> Iterator[Path]:
     try:
         yield work
     except (KeyboardInterrupt, SystemExit) as stop:
@@ -125,17 +156,13 @@ def _prepare(work: Path, digest: str, shards: tuple[Shard, ...]) -> None:
         ours = json.loads((work / DIGEST).read_text(encoding="utf-8")) == {"digest": digest}
     except (OSError, ValueError):
         ours = False
-    if not ours:
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir(parents=True)
-        write_json(work / DIGEST, {"digest": digest})
-        return
-    complete = {shard.file for shard in shards}
+    kept = {DIGEST, *(shard.file for shard in shards)} if ours else set()
     for file in work.iterdir():
-        if file.is_dir():
+        if file.is_dir() and not file.is_symlink():
             shutil.rmtree(file)
-        elif file.name not in complete and file.name != DIGEST:
+        elif file.name not in kept:
             file.unlink()
+    write_json(work / DIGEST, {"digest": digest})
 
 
 def write_surroundings(folder: Path, plan: Plan, card: str) -> None:

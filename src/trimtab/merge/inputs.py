@@ -111,7 +111,7 @@ class FolderInput:
         self._open: tuple[str, Tensor] = ("", torch.empty(0))
 
     def keys(self) -> tuple[str, ...]:
-        """Keys, in the order of the files and of the values in them."""
+        """Keys, file by file, by name in each."""
         return self._checkpoint.keys()
 
     def shape(self, key: str) -> tuple[int, ...]:

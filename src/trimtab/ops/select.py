@@ -285,8 +285,8 @@ class _Descent:
         reached = ranked.cumsum()
         if reached[-1] != self.count:
             raise ValueError(
-                f"{reached[-1]} entries where {self.count} were expected: the layouts of the processes do not "
-                "make up one tensor"
+                f"{reached[-1]} entries where {self.count} were expected: the layouts of the processes do "
+                "not make up one tensor"
             )
         place = int(reached.searchsorted(self.need))
         self.count = int(ranked[place])

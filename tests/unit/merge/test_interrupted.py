@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -160,3 +161,25 @@ def test_ctrl_c_in_the_first_file_leaves_nothing(place: Place, monkeypatch: pyte
         place.merged(place.values(), shard_size=200)
     assert not hasattr(caught.value, "__notes__")
     assert made.files_in(place.folder) == before
+
+
+def test_two_merges_do_not_write_one_folder(place: Place) -> None:
+    fcntl = pytest.importorskip("fcntl")
+    work = place.folder / ".out.merging"
+    work.mkdir()
+    handle = os.open(work, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    try:
+        with pytest.raises(UserError, match="another merge is writing .*out; wait for it"):
+            place.merged(place.values())
+        assert work.is_dir(), "it is the other's"
+    finally:
+        os.close(handle)
+    place.merged(place.values())
+
+
+def test_a_file_in_the_way_is_named(place: Place) -> None:
+    (place.folder / ".out.merging").write_text("mine")
+    with pytest.raises(UserError, match=r"\.out\.merging is in the way"):
+        place.merged(place.values())
+    assert (place.folder / ".out.merging").read_text() == "mine"
