@@ -170,7 +170,7 @@ def test_two_merges_do_not_write_one_folder(place: Place) -> None:
     handle = os.open(work, os.O_RDONLY)
     fcntl.flock(handle, fcntl.LOCK_EX)
     try:
-        with pytest.raises(UserError, match="another merge is writing .*out; wait for it"):
+        with pytest.raises(UserError, match=r"another merge is writing .*out; wait for it"):
             place.merged(place.values())
         assert work.is_dir(), "it is the other's"
     finally:
