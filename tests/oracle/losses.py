@@ -25,6 +25,27 @@ def ipo(chosen: Answer, rejected: Answer, beta: float, *, per_token: bool = True
     return (ratios[0] - ratios[1] - 1 / (2 * beta)) ** 2
 
 
+def kto(
+    answers: list[tuple[Answer, bool]],
+    mismatched: list[Answer],
+    beta: float,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+) -> tuple[float, float]:
+    """KTO, Eq. 8 of arXiv 2402.01306, and the reference point z (the KL term) it was computed with."""
+    reference_point = max(0.0, sum(_summed(one) for one in mismatched) / len(mismatched))
+    total = 0.0
+    for one, desirable in answers:
+        above = beta * (_summed(one) - reference_point)
+        value = 1 / (1 + math.exp(-above if desirable else above))
+        total += (desirable_weight if desirable else undesirable_weight) * (1 - value)
+    return total / len(answers), reference_point
+
+
+def _summed(one: Answer) -> float:
+    return sum(ours - theirs for ours, theirs in zip(*one, strict=True))
+
+
 def log_probabilities(model: Any, prompt: list[int], answer: list[int]) -> list[float]:
     """The tokens' log-probabilities in float64: one row, no padding, all logits."""
     with torch.no_grad():

@@ -56,13 +56,14 @@ class Collector:
     give each row the keys of all.
 
     Args:
-        columns: of every row; ``tools`` is added when a row has it.
+        columns: of every row, ``label`` a boolean; ``tools`` is added when a row has it.
         conversational: whether they hold messages rather than text.
         memory: bytes kept in memory; see :data:`MEMORY`.
     """
 
     def __init__(self, columns: tuple[str, ...], conversational: bool, memory: int = MEMORY) -> None:
         self._columns = columns
+        self._spoken = tuple(column for column in columns if column != "label")
         self._conversational = conversational
         self._memory = memory
         self._rows: list[Row] = []
@@ -110,7 +111,8 @@ class Collector:
         message = {"role": text, "content": text} if plain else Json()
         kind = List(message) if self._conversational else text
         tools = {"tools": text} if self._tools else {}
-        return Features({**dict.fromkeys(self._columns, kind), **tools})
+        kinds = {column: kind if column in self._spoken else Value("bool") for column in self._columns}
+        return Features({**kinds, **tools})
 
     def _flush(self) -> None:
         if self._rows:
@@ -119,7 +121,7 @@ class Collector:
             self._rows = []
 
     def _messages(self) -> Iterator[Row]:
-        return (message for row in self._rows for column in self._columns for message in row[column])
+        return (message for row in self._rows for column in self._spoken for message in row[column])
 
     def _table(self, rows: list[Row], plain: bool) -> pyarrow.Table:
         from datasets import Dataset

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from trimtab.data import instructions, pairs
+from trimtab.data import instructions, labelled, pairs
 from trimtab.data.outcome import BadRow, Dropped, quoted
 from trimtab.data.transcripts import is_transcript
 from trimtab.errors import nearest, unknown
@@ -16,7 +16,7 @@ Row = dict[str, Any]
 FORMATS = ("auto", "trl", "chat", "alpaca", "sharegpt", "hh", "ranked")
 """What ``data.format`` may be. ``chat`` is TRL's columns holding text, to be read as messages."""
 
-NEEDS = {"dpo": "pairs", "ipo": "pairs", "sft": "instructions"}
+NEEDS = {"dpo": "pairs", "ipo": "pairs", "kto": "answers", "sft": "instructions"}
 """What each training method is trained on."""
 
 
@@ -26,7 +26,7 @@ class Layout:
 
     Attributes:
         format: the name in :data:`FORMATS`.
-        gives: ``pairs`` or ``instructions``.
+        gives: ``pairs``, ``answers`` (labelled ones) or ``instructions``.
         needs: columns that must be there; several names, one of which must, are parted by ``|``.
         takes: columns that are read where they are there.
         convert: makes a row in TRL's columns, or raises ``Dropped`` or ``BadRow``.
@@ -98,6 +98,16 @@ _PAIRS = (
         pairs.ranked_pair,
     ),
 )
+_TAG = "label|kto_tag"
+_LABELLED = (
+    Layout("trl", "answers", ("prompt", "completion", _TAG), ("tools",), labelled.trl_labelled),
+    Layout("trl", "answers", ("messages", _TAG), ("tools",), labelled.messages_labelled),
+    Layout(
+        "chat", "answers", ("prompt", "completion", _TAG), ("system",), labelled.chat_labelled, guessed=False
+    ),
+    Layout("alpaca", "answers", ("instruction", "output", _TAG), _ALPACA, labelled.alpaca_labelled),
+    Layout("sharegpt", "answers", ("conversations", _TAG), ("system", "tools"), labelled.sharegpt_labelled),
+)
 _INSTRUCTIONS = (
     Layout("alpaca", "instructions", ("instruction", "output"), _ALPACA, instructions.alpaca_completion),
     Layout("trl", "instructions", ("messages",), ("tools", "label"), instructions.trl_messages),
@@ -140,7 +150,7 @@ def _chosen_only(layout: Layout) -> Layout:
 def layouts(method: str) -> tuple[Layout, ...]:
     """Return the layouts that a method can be trained on, in the order they are tried.
 
-    Supervised fine-tuning takes pairs too, for the answers that were chosen.
+    Supervised fine-tuning takes pairs too, for the answers that were chosen, and KTO for both of them.
 
     Raises:
         UserError: if there is no such method.
@@ -149,6 +159,8 @@ def layouts(method: str) -> tuple[Layout, ...]:
         raise unknown("method", method, NEEDS)
     if NEEDS[method] == "pairs":
         return _PAIRS
+    if NEEDS[method] == "answers":
+        return (*_LABELLED, *_PAIRS)
     chosen = tuple(_chosen_only(layout) for layout in _PAIRS if layout.format != "ranked")
     return (*_INSTRUCTIONS, *chosen, *_LAST_INSTRUCTIONS)
 
@@ -209,11 +221,9 @@ def _missing_names(row: Row, asked: Iterable[Layout]) -> Iterator[str]:
 def _other_use(row: Row, method: str) -> str:
     """What the rows look like, when they look like data for something else."""
     if isinstance(row.get("label"), bool) and NEEDS[method] == "pairs":
-        return " (these rows are labelled answers without a partner, which is data for KTO)"
+        return " (these rows are labelled answers without a partner, which method kto reads)"
     if method == "sft" and not _PAIRS[-1].missing(row):
         return " (these are ranked responses, which method dpo reads)"
-    if NEEDS[method] == "pairs" and any(
-        not layout.missing(row) for layout in (*_INSTRUCTIONS, *_LAST_INSTRUCTIONS)
-    ):
+    if method != "sft" and any(not layout.missing(row) for layout in (*_INSTRUCTIONS, *_LAST_INSTRUCTIONS)):
         return " (this is instruction data, which method sft reads)"
     return ""

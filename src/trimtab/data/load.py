@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from trimtab.data.collect import Collector
+from trimtab.data.collect import Collector, canonical
+from trimtab.data.formats import NEEDS
+from trimtab.data.labelled import COLUMNS, unpaired
 from trimtab.data.locate import Source
 from trimtab.data.measure import Ruler
-from trimtab.data.mixture import mix, mix_streams, rows_of
+from trimtab.data.mixture import mix, mix_streams, rows_of, shuffled
 from trimtab.data.origin import open_source
 from trimtab.data.pipeline import Form, Inspected, Pipeline, inspect
 from trimtab.data.report import DataReport, SourceReport
@@ -73,8 +75,8 @@ def load_data(
 
     Args:
         spec: the recipe's data section.
-        method: ``dpo`` or ``ipo`` (columns prompt, chosen, rejected), or ``sft`` (messages, or prompt and
-            completion, or text).
+        method: ``dpo`` or ``ipo`` (columns prompt, chosen, rejected), ``kto`` (prompt, completion, label), or
+            ``sft`` (messages, or prompt and completion, or text).
         part: ``train`` or ``eval``.
         tokenizer: the one the trainer gets, with its chat template.
         seed: which rows a fractional weight takes, and how sources are interleaved.
@@ -85,14 +87,19 @@ def load_data(
 
     Raises:
         UserError: if a source is missing, empty, malformed, in an unknown format or without the columns
-            needed; if the tokenizer cannot take the rows; if sources cannot be mixed; or if no row is left.
+            needed; if the tokenizer cannot take the rows; if sources cannot be mixed; if no row is left; or
+            if answers that are to be told apart are all labelled alike.
     """
+    labels = NEEDS.get(method) == "answers"
+    if labels and spec.streaming:
+        raise UserError(f"method {method} needs its rows in a random order, which a stream does not have")
     sources = _sources(spec, part)
     inspected = [
         inspect(open_source(source, part, streaming=spec.streaming), method, spec.format)
         for source in sources
     ]
     form = common_form(inspected)
+    form = Form(COLUMNS, form.conversational) if labels else form
     ruler = Ruler(tokenizer, spec.max_length)
     _require(ruler, inspected, form)
     report = DataReport(
@@ -105,11 +112,27 @@ def load_data(
         streaming=spec.streaming,
         sources=[_source_report(*pair, form, method) for pair in zip(sources, inspected, strict=True)],
     )
-    pipelines = [Pipeline(source, form, ruler, spec.overlong) for source in inspected]
+    pipelines = [
+        Pipeline(source, (source.form or form) if labels else form, ruler, spec.overlong)
+        for source in inspected
+    ]
     weights = [float(source.weight) for source in sources]
     if spec.streaming:
         return PreparedData(_stream(pipelines, weights, report, seed), report)
-    return PreparedData(_collect(pipelines, weights, report, seed, progress), report)
+    dataset = _collect(pipelines, weights, report, seed, progress, unpairs=labels)
+    if labels and part == "train":
+        _require_both_labels(dataset, method)
+    return PreparedData(dataset, report)
+
+
+def _require_both_labels(dataset: datasets.Dataset, method: str) -> None:
+    labels = set(dataset["label"])
+    if len(labels) == 1:
+        only, other = ("true (desirable)", "false") if labels == {True} else ("false (undesirable)", "true")
+        raise UserError(
+            f"all {len(dataset):,} answers of data.train are labelled {only}, and method {method} learns "
+            f"from the difference; add answers that are labelled {other}"
+        )
 
 
 def _sources(spec: DataSpec, part: str) -> Sequence[Source]:
@@ -162,6 +185,10 @@ def _source_report(source: Source, inspected: Inspected, form: Form, method: str
     reads = inspected.layout.reads()
     if method == "sft" and "rejected" in reads:
         report.note("only the chosen answers are learned; the rejected ones are not used")
+    if NEEDS[method] == "answers":
+        if "rejected" in reads:
+            report.note("each pair is learned as two answers, the chosen one desirable, the other not")
+        return report
     if inspected.form not in (None, form):
         report.note(
             f"prompt and completion are joined into {form.columns[0]}, so that the prompt is learned too"
@@ -170,21 +197,33 @@ def _source_report(source: Source, inspected: Inspected, form: Form, method: str
 
 
 def _collect(
-    pipelines: Sequence[Pipeline], weights: Sequence[float], report: DataReport, seed: int, progress: bool
+    pipelines: Sequence[Pipeline],
+    weights: Sequence[float],
+    report: DataReport,
+    seed: int,
+    progress: bool,
+    *,
+    unpairs: bool,
 ) -> datasets.Dataset:
+    """All rows in memory and mixed; where pairs are taken apart, in a random order."""
     collector = Collector(report.columns, report.conversational)
+    given = []
     for pipeline, counts in zip(pipelines, report.sources, strict=True):
         with _tracked(pipeline.rows(counts), counts.path, progress) as rows:
+            before = len(collector)
             for kept in rows:
-                collector.add(kept.row, kept.content)
+                for row in unpaired(kept.row) if unpairs else [kept.row]:
+                    collector.add(row, canonical(row) if unpairs else kept.content)
+            given.append(len(collector) - before)
     report.complete = True
     report.fingerprint = collector.fingerprint()
     if not len(collector):
         raise _nothing_left(report)
     dataset = collector.finish()
-    for source in report.sources:
-        source.used = rows_of(source.kept, source.weight)
-    order = mix([source.kept for source in report.sources], weights, seed)
+    for source, count in zip(report.sources, given, strict=True):
+        source.used = rows_of(count, source.weight)
+    order = mix(given, weights, seed)
+    order = shuffled(order, seed) if unpairs else order
     if order != list(range(len(dataset))):
         dataset = dataset.select(order)
     report.rows = len(dataset)

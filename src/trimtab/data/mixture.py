@@ -89,6 +89,17 @@ def interleave(counts: Sequence[int], seed: int) -> list[tuple[int, int]]:
     return [(source, place) for _, source, place in sorted(order)]
 
 
+def shuffled(order: Sequence[int], seed: int) -> list[int]:
+    """Return ``order`` in a random order that depends on the seed and its length alone.
+
+    Examples:
+        >>> sorted(shuffled([3, 1, 2], seed=0))
+        [1, 2, 3]
+    """
+    ranked = sorted(range(len(order)), key=lambda place: (keyed(seed, -1, place), place))
+    return [order[place] for place in ranked]
+
+
 def mix(kept: Sequence[int], weights: Sequence[float], seed: int) -> list[int]:
     """Return the rows of a mixture as indices into its sources put one behind the other.
 

@@ -37,7 +37,7 @@ class Form:
     def of(cls, row: Row) -> Form:
         """Return the form of a converted row; tool definitions may be there or not."""
         columns = tuple(column for column in row if column != "tools")
-        return cls(columns, isinstance(row[columns[-1]], list))
+        return cls(columns, isinstance(row[columns[0]], list))
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from trimtab.recipe.differences import Difference, recipe_differences, refuse_differences
 from trimtab.recipe.loading import load_recipe, make_recipe
 from trimtab.recipe.paths import local_path
-from trimtab.recipe.recipe import METHODS, DPORecipe, IPORecipe, Recipe, SFTRecipe
+from trimtab.recipe.recipe import METHODS, DPORecipe, IPORecipe, KTORecipe, Recipe, SFTRecipe
 from trimtab.recipe.sections import (
     MERGING,
     Adapter,
@@ -12,6 +12,7 @@ from trimtab.recipe.sections import (
     Evaluation,
     Group,
     IPOLoss,
+    KTOLoss,
     LearningRateSchedule,
     Optimizer,
     Schedule,
@@ -34,6 +35,8 @@ __all__ = [
     "Group",
     "IPOLoss",
     "IPORecipe",
+    "KTOLoss",
+    "KTORecipe",
     "LearningRateSchedule",
     "Optimizer",
     "Recipe",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from trimtab.recipe.recipe import Recipe
-from trimtab.recipe.sections import MERGE_SETTINGS, MERGING, DPOLoss, Optimizer, Schedule
+from trimtab.recipe.sections import MERGE_SETTINGS, MERGING, DPOLoss, KTOLoss, Optimizer, Schedule
 from trimtab.yaml_file import Key, Problem
 
 NAME: Key = ("optimizer", "name")
@@ -163,7 +163,9 @@ def _loss_and_data(recipe: Recipe) -> Iterator[Problem]:
     loss = recipe.loss
     if isinstance(loss, DPOLoss) and loss.type == "exo_pair" and not loss.label_smoothing:
         yield Problem(("loss", "label_smoothing"), "must be above 0 for the loss exo_pair, e.g. 1e-3")
-    if recipe.data.streaming and not _positive(recipe.training.get("max_steps")):
+    if isinstance(loss, KTOLoss):
+        yield from _labelled_answers(recipe)
+    elif recipe.data.streaming and not _positive(recipe.training.get("max_steps")):
         yield Problem(
             ("training", "max_steps"),
             "is missing: with data.streaming the number of rows is not known beforehand",
@@ -181,8 +183,31 @@ def _loss_and_data(recipe: Recipe) -> Iterator[Problem]:
             )
 
 
-def _positive(value: object) -> bool:
+def _labelled_answers(recipe: Recipe) -> Iterator[Problem]:
+    """KTO's reference point is estimated from the other rows of the same batch, drawn up beforehand."""
+    if recipe.data.streaming:
+        yield Problem(
+            ("data", "streaming"), "cannot go with method kto, whose rows are put into a random order first"
+        )
+    if _number(recipe.training.get("per_device_train_batch_size", 8)) == 1:
+        yield Problem(
+            ("training", "per_device_train_batch_size"),
+            "must be at least 2 for method kto, which pairs each prompt with another row's answer",
+        )
+    strategy = recipe.training.get("train_sampling_strategy", "sequential")
+    if strategy != "sequential":
+        yield Problem(
+            ("training", "train_sampling_strategy"),
+            "must be sequential for method kto; its rows are shuffled once, by the seed",
+        )
+
+
+def _number(value: object) -> float | None:
     try:
-        return float(str(value)) > 0
+        return float(str(value))
     except ValueError:
-        return False
+        return None
+
+
+def _positive(value: object) -> bool:
+    return (_number(value) or 0) > 0

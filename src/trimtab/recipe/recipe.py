@@ -13,6 +13,7 @@ from trimtab.recipe.sections import (
     DPOLoss,
     Evaluation,
     IPOLoss,
+    KTOLoss,
     Optimizer,
     Schedules,
     Section,
@@ -35,11 +36,11 @@ class Recipe(Section):
     default_lr: ClassVar[float] = 2e-5
 
     method: str
-    """What to train with: sft, dpo or ipo."""
+    """What to train with: sft, dpo, ipo or kto."""
     model: Text | None = None
     """Where the policy starts: a model folder or a hub id; the reference when not given."""
     reference: Text | None = None
-    """The SFT model: what dpo and ipo compare with, the end of the delta; the model when not given."""
+    """The SFT model: what the policy is compared with, the end of the delta; the model when not given."""
     base: Text | None = None
     """The pretrained model the reference was tuned from; gives the reference delta."""
     delta: Text | None = None
@@ -47,7 +48,7 @@ class Recipe(Section):
     adapter: Adapter | None = None
     """Train a LoRA adapter instead of the weights."""
     data: Data
-    loss: SFTLoss | DPOLoss | IPOLoss
+    loss: SFTLoss | DPOLoss | IPOLoss | KTOLoss
     optimizer: Optimizer
     schedule: Schedules = Schedules()
     training: dict[str, Any] = Field(default_factory=dict)
@@ -140,8 +141,18 @@ class IPORecipe(Recipe):
     loss: IPOLoss
 
 
-METHODS: dict[str, type[Recipe]] = {"sft": SFTRecipe, "dpo": DPORecipe, "ipo": IPORecipe}
+class KTORecipe(Recipe):
+    """Kahneman-Tversky optimization against an explicit reference."""
+
+    default_lr: ClassVar[float] = 1e-6
+    needs_reference: ClassVar[bool] = True
+
+    method: Literal["kto"]
+    loss: KTOLoss
+
+
+METHODS: dict[str, type[Recipe]] = {"sft": SFTRecipe, "dpo": DPORecipe, "ipo": IPORecipe, "kto": KTORecipe}
 """The recipe class of each method."""
 
-NOT_YET = ("reward", "kto", "rrhf", "ppo", "grpo", "rloo")
+NOT_YET = ("reward", "rrhf", "ppo", "grpo", "rloo")
 """Methods that are planned and refused by name until they are there."""

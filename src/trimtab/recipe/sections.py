@@ -159,6 +159,17 @@ class IPOLoss(Section):
     """How much of the chosen answers' negative log-likelihood is added (RPO's alpha)."""
 
 
+class KTOLoss(Section):
+    """Kahneman-Tversky optimization (arXiv 2402.01306): each answer by itself, desirable or not."""
+
+    beta: Positive = 0.1
+    """How fast the value of an answer saturates with its log-ratio, and the pull to the reference."""
+    desirable_weight: Positive = 1.0
+    """lambda_D: weight of the losses of desirable answers."""
+    undesirable_weight: Positive = 1.0
+    """lambda_U: weight of the losses of undesirable answers."""
+
+
 class Adapter(Section):
     """Train a LoRA adapter instead of the weights."""
 
@@ -190,7 +201,7 @@ class Optimizer(Section):
     name: Literal["adamw", "ondare", "onties", "online_merging"] = "adamw"
     """online_merging takes any pairing of sparsify and consensus."""
     lr: NonNegative
-    """Learning rate at its peak; default 1e-6 for dpo and ipo, 2e-5 for sft."""
+    """Learning rate at its peak; default 1e-6 for dpo, ipo and kto, 2e-5 for sft."""
     betas: tuple[ShareBelowOne, ShareBelowOne] = (0.9, 0.999)
     eps: Positive | None = None
     """Adam's epsilon; given by the fidelity when not set (1e-8; released: 1e-6)."""

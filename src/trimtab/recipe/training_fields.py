@@ -34,6 +34,8 @@ OWNED: dict[str, str] = {
     "loss_type": "loss.type",
     "loss_weights": "loss.sft_weight",
     "label_smoothing": "loss.label_smoothing",
+    "desirable_weight": "loss.desirable_weight",
+    "undesirable_weight": "loss.undesirable_weight",
     "completion_only_loss": "loss.completion_only",
     "packing": "loss.packing",
     "max_length": "data.max_length",

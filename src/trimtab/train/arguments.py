@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from trimtab.errors import UserError, unknown
-from trimtab.recipe import DPOLoss, IPOLoss, LearningRateSchedule, Recipe, SFTLoss
+from trimtab.recipe import DPOLoss, IPOLoss, KTOLoss, LearningRateSchedule, Recipe, SFTLoss
 
 OURS = ("save_total_limit", "model_init_kwargs", "precompute_ref_log_probs")
 """Fields of the ``training`` section that we act on ourselves (the last one together with TRL)."""
@@ -29,7 +29,7 @@ def config_class(method: str) -> type:
     """Return TRL's config class for a method, against which a recipe's ``training`` section is checked."""
     import trl
 
-    classes = {"sft": trl.SFTConfig, "dpo": trl.DPOConfig, "ipo": trl.DPOConfig}
+    classes = {"sft": trl.SFTConfig, "dpo": trl.DPOConfig, "ipo": trl.DPOConfig, "kto": trl.KTOConfig}
     if method not in classes:
         raise UserError(f"method {method!r} is not available yet; available: {', '.join(classes)}")
     return classes[method]
@@ -134,6 +134,9 @@ def _loss(recipe: Recipe) -> dict[str, Any]:
     loss = recipe.loss
     if isinstance(loss, SFTLoss):
         return {"completion_only_loss": loss.completion_only, "packing": loss.packing}
+    if isinstance(loss, KTOLoss):
+        # The mismatched pairs are made within batches of rows in the order of the dataset, which is random.
+        return {"loss_type": "kto", "train_sampling_strategy": "sequential", **loss.model_dump()}
     assert isinstance(loss, DPOLoss | IPOLoss)
     both = loss.sft_weight > 0
     kind = "ipo" if isinstance(loss, IPOLoss) else loss.type

@@ -15,8 +15,9 @@ _NAMES = {
     "sft": "Supervised fine-tuning",
     "dpo": "Direct preference optimization (arXiv 2305.18290)",
     "ipo": "Identity preference optimization (arXiv 2310.12036)",
+    "kto": "Kahneman-Tversky optimization (arXiv 2402.01306)",
 }
-_MEASURED = ("loss", "rewards/accuracies", "rewards/margins", "mean_token_accuracy")
+_MEASURED = ("loss", "rewards/accuracies", "rewards/margins", "kl", "mean_token_accuracy")
 
 
 def model_card(folder: RunFolder, parts: Parts) -> str:

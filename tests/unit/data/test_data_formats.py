@@ -396,7 +396,7 @@ UNFIT = {
         " (is 'rejcted' meant to be 'rejected'?)",
     ),
     "a null": ("dpo", {"prompt": "q", "chosen": "a", "rejected": None}, " ('rejected' is null here)"),
-    "KTO's data": ("dpo", {"prompt": "q", "completion": "a", "label": True}, "which is data for KTO)"),
+    "KTO's data": ("dpo", {"prompt": "q", "completion": "a", "label": True}, "which method kto reads)"),
     "instructions": (
         "dpo",
         {"instruction": "q", "output": "a"},

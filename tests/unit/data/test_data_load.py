@@ -15,6 +15,7 @@ from rich.console import Console
 from tests import tiny
 from tests.unit.data.conftest import Source, pair, said
 from trimtab.data import collect, load_data
+from trimtab.data.formats import NEEDS
 from trimtab.errors import UserError
 
 Q, A, B = said("user", "q"), said("assistant", "a"), said("assistant", "b")
@@ -188,7 +189,8 @@ def test_unknown_names(load, write):
         "unknown format 'alpacca' at data.format; did you mean 'alpaca'? "
         "Known: auto, trl, chat, alpaca, sharegpt, hh, ranked"
     )
-    assert load.error("dop", "a.jsonl") == "unknown method 'dop'; did you mean 'dpo'? Known: dpo, sft"
+    known = ", ".join(NEEDS)
+    assert load.error("dop", "a.jsonl") == f"unknown method 'dop'; did you mean 'dpo'? Known: {known}"
 
 
 def test_messages_for_a_tokenizer_without_a_chat_template(load, write):

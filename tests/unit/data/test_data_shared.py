@@ -118,6 +118,13 @@ def test_tool_calls_survive(load, tool_tokenizer):
     assert sum(row["tools"] is not None for row in made.dataset) == 191
 
 
+def test_labelled_answers(load, tool_tokenizer):
+    made = load("kto", path("llamafactory_kto_en_demo.json"), max_length=None, tokenizer=tool_tokenizer)
+    assert (made.report.read, made.report.kept, len(made.dataset)) == (300, 300, 300)
+    assert sum(made.dataset["label"]) == 150
+    assert all(row["completion"][0]["role"] == "assistant" for row in made.dataset)
+
+
 def test_data_for_another_method_is_recognised(load):
-    assert load.error("dpo", path("llamafactory_kto_en_demo.json")).endswith("which is data for KTO)")
+    assert load.error("dpo", path("llamafactory_kto_en_demo.json")).endswith("which method kto reads)")
     assert load.error("sft", path("alpaca_eval_responses.jsonl.gz")).endswith("which method dpo reads)")

@@ -131,15 +131,16 @@ def test_a_recipe_is_checked_against_the_class_of_its_method():
     assert asked == [], "without a training section there is no need for the trainer"
 
 
-@pytest.mark.parametrize("config", ["DPOConfig", "SFTConfig"])
+@pytest.mark.parametrize("config", ["DPOConfig", "KTOConfig", "SFTConfig"])
 def test_against_trl(config):
     config_class = getattr(pytest.importorskip("trl"), config)
     fields = {field.name for field in dataclasses.fields(config_class)}
-    everyone = {"DPOConfig", "SFTConfig"}
-    only = {"beta": "DPOConfig", "label_smoothing": "DPOConfig", "loss_weights": "DPOConfig"}
-    only |= {"completion_only_loss": "SFTConfig", "packing": "SFTConfig", "truncation_mode": "DPOConfig"}
+    only = dict.fromkeys(["label_smoothing", "loss_weights", "truncation_mode"], "DPOConfig")
+    only |= dict.fromkeys(["desirable_weight", "undesirable_weight"], "KTOConfig")
+    only |= dict.fromkeys(["completion_only_loss", "packing"], "SFTConfig")
+    only |= {"beta": "DPOConfig KTOConfig"}
     gone = {"warmup_ratio"}  # what people remember from transformers 4
-    expected = {name for name in (*OWNED, *REFUSED) if config in {only.get(name, config)} & everyone} - gone
+    expected = {name for name in (*OWNED, *REFUSED) if config in only.get(name, config).split()} - gone
     assert expected <= fields | {"truncation_mode"}
     usable = {
         "per_device_train_batch_size": "8",
