@@ -259,7 +259,7 @@ def _leaks(model: Any) -> bool:
     return bool(found[0] != found[1]) or not torch.allclose(found[0], found[2], rtol=near)
 
 
-def encode_ranked(tokenizer: Any, prompt: Any, responses: Sequence[str]) -> dict[str, Any]:
+def encode_ranked(tokenizer: Any, prompt: Any, responses: Sequence[Any]) -> dict[str, Any]:
     """Token ids of a prompt and of responses to it, as :class:`RRHFCollator` reads them.
 
     A conversation goes through the chat template, and a response is what the template writes after the
@@ -270,7 +270,7 @@ def encode_ranked(tokenizer: Any, prompt: Any, responses: Sequence[str]) -> dict
     Args:
         tokenizer: the model's.
         prompt: a text, or messages ``{"role", "content"}`` without the answer.
-        responses: texts.
+        responses: texts; for a conversation also lists of messages.
 
     Returns:
         ``{"prompt_ids", "response_ids"}``.
@@ -285,11 +285,15 @@ def encode_ranked(tokenizer: Any, prompt: Any, responses: Sequence[str]) -> dict
     if tokenizer.chat_template is None:
         raise UserError("a prompt of messages needs a tokenizer with a chat template; this one has none")
     try:
-        encoded = [encode(tokenizer, prompt, [{"role": "assistant", "content": text}]) for text in responses]
+        encoded = [encode(tokenizer, prompt, _answer(response)) for response in responses]
     except ValueError as error:
         raise UserError(str(error)) from error
     prompt_ids = list(encoded[0].ids[: encoded[0].start]) if encoded else []
     return {"prompt_ids": prompt_ids, "response_ids": [list(one.ids[one.start :]) for one in encoded]}
+
+
+def _answer(response: Any) -> list[dict[str, str]]:
+    return [{"role": "assistant", "content": response}] if isinstance(response, str) else response
 
 
 def _check(row: dict[str, Any]) -> None:
