@@ -42,6 +42,14 @@ def kto(
     return total / len(answers), reference_point
 
 
+def reward(chosen: list[float], rejected: list[float], center: float = 0.0) -> float:
+    """Bradley and Terry's loss of the scores of pairs, and what keeps them around 0."""
+    total = 0.0
+    for higher, lower in zip(chosen, rejected, strict=True):
+        total += math.log(1 + math.exp(lower - higher)) + center * (higher + lower) ** 2
+    return total / len(chosen)
+
+
 def _summed(one: Answer) -> float:
     return sum(ours - theirs for ours, theirs in zip(*one, strict=True))
 

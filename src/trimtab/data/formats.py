@@ -16,7 +16,7 @@ Row = dict[str, Any]
 FORMATS = ("auto", "trl", "chat", "alpaca", "sharegpt", "hh", "ranked")
 """What ``data.format`` may be. ``chat`` is TRL's columns holding text, to be read as messages."""
 
-NEEDS = {"dpo": "pairs", "ipo": "pairs", "kto": "answers", "sft": "instructions"}
+NEEDS = {"dpo": "pairs", "ipo": "pairs", "kto": "answers", "reward": "pairs", "sft": "instructions"}
 """What each training method is trained on."""
 
 

@@ -75,8 +75,8 @@ def load_data(
 
     Args:
         spec: the recipe's data section.
-        method: ``dpo`` or ``ipo`` (columns prompt, chosen, rejected), ``kto`` (prompt, completion, label), or
-            ``sft`` (messages, or prompt and completion, or text).
+        method: ``dpo``, ``ipo`` or ``reward`` (columns prompt, chosen, rejected), ``kto`` (prompt,
+            completion, label), or ``sft`` (messages, or prompt and completion, or text).
         part: ``train`` or ``eval``.
         tokenizer: the one the trainer gets, with its chat template.
         seed: which rows a fractional weight takes, and how sources are interleaved.

@@ -3,7 +3,7 @@
 from trimtab.recipe.differences import Difference, recipe_differences, refuse_differences
 from trimtab.recipe.loading import load_recipe, make_recipe
 from trimtab.recipe.paths import local_path
-from trimtab.recipe.recipe import METHODS, DPORecipe, IPORecipe, KTORecipe, Recipe, SFTRecipe
+from trimtab.recipe.recipe import METHODS, DPORecipe, IPORecipe, KTORecipe, Recipe, RewardRecipe, SFTRecipe
 from trimtab.recipe.sections import (
     MERGING,
     Adapter,
@@ -15,6 +15,7 @@ from trimtab.recipe.sections import (
     KTOLoss,
     LearningRateSchedule,
     Optimizer,
+    RewardLoss,
     Schedule,
     Schedules,
     SFTLoss,
@@ -40,6 +41,8 @@ __all__ = [
     "LearningRateSchedule",
     "Optimizer",
     "Recipe",
+    "RewardLoss",
+    "RewardRecipe",
     "SFTLoss",
     "SFTRecipe",
     "Schedule",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from trimtab.recipe.recipe import Recipe
-from trimtab.recipe.sections import MERGE_SETTINGS, MERGING, DPOLoss, KTOLoss, Optimizer, Schedule
+from trimtab.recipe.sections import MERGE_SETTINGS, MERGING, DPOLoss, KTOLoss, Optimizer, RewardLoss, Schedule
 from trimtab.yaml_file import Key, Problem
 
 NAME: Key = ("optimizer", "name")
@@ -163,6 +163,8 @@ def _loss_and_data(recipe: Recipe) -> Iterator[Problem]:
     loss = recipe.loss
     if isinstance(loss, DPOLoss) and loss.type == "exo_pair" and not loss.label_smoothing:
         yield Problem(("loss", "label_smoothing"), "must be above 0 for the loss exo_pair, e.g. 1e-3")
+    if isinstance(loss, RewardLoss):
+        yield from _scores_only(recipe)
     if isinstance(loss, KTOLoss):
         yield from _labelled_answers(recipe)
     elif recipe.data.streaming and not _positive(recipe.training.get("max_steps")):
@@ -199,6 +201,20 @@ def _labelled_answers(recipe: Recipe) -> Iterator[Problem]:
         yield Problem(
             ("training", "train_sampling_strategy"),
             "must be sequential for method kto; its rows are shuffled once, by the seed",
+        )
+
+
+def _scores_only(recipe: Recipe) -> Iterator[Problem]:
+    """A reward model gives no answers, and what is cut off an answer would not be scored."""
+    for name in ("samples", "prompts"):
+        if getattr(recipe.evaluation, name):
+            yield Problem(
+                ("evaluation", name), "is not for method reward, whose model scores and does not answer"
+            )
+    if recipe.data.overlong == "truncate":
+        yield Problem(
+            ("data", "overlong"),
+            "must be drop for method reward: TRL leaves out what is too long, and never cuts",
         )
 
 

@@ -15,6 +15,7 @@ from trimtab.recipe.sections import (
     IPOLoss,
     KTOLoss,
     Optimizer,
+    RewardLoss,
     Schedules,
     Section,
     SFTLoss,
@@ -36,7 +37,7 @@ class Recipe(Section):
     default_lr: ClassVar[float] = 2e-5
 
     method: str
-    """What to train with: sft, dpo, ipo or kto."""
+    """What to train with: sft, dpo, ipo, kto or reward."""
     model: Text | None = None
     """Where the policy starts: a model folder or a hub id; the reference when not given."""
     reference: Text | None = None
@@ -48,7 +49,7 @@ class Recipe(Section):
     adapter: Adapter | None = None
     """Train a LoRA adapter instead of the weights."""
     data: Data
-    loss: SFTLoss | DPOLoss | IPOLoss | KTOLoss
+    loss: SFTLoss | DPOLoss | IPOLoss | KTOLoss | RewardLoss
     optimizer: Optimizer
     schedule: Schedules = Schedules()
     training: dict[str, Any] = Field(default_factory=dict)
@@ -151,8 +152,35 @@ class KTORecipe(Recipe):
     loss: KTOLoss
 
 
-METHODS: dict[str, type[Recipe]] = {"sft": SFTRecipe, "dpo": DPORecipe, "ipo": IPORecipe, "kto": KTORecipe}
+class RewardRecipe(Recipe):
+    """A reward model: the model's layers with a new head that gives one score."""
+
+    default_lr: ClassVar[float] = 1e-5
+
+    method: Literal["reward"]
+    loss: RewardLoss
+
+    @classmethod
+    def _fill_models(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """The head is in no delta of two language models, so that it takes the plain step."""
+        optimizer = values["optimizer"]
+        merges = isinstance(optimizer, dict) and optimizer.get("name") in MERGING
+        if merges and optimizer.get("without_delta") is None:
+            values["optimizer"] = {**optimizer, "without_delta": [SCORE_HEAD]}
+        return super()._fill_models(values)
+
+
+SCORE_HEAD = r"^(score|classifier)\."
+"""Finds the head of a sequence classification model, as transformers names it."""
+
+METHODS: dict[str, type[Recipe]] = {
+    "sft": SFTRecipe,
+    "dpo": DPORecipe,
+    "ipo": IPORecipe,
+    "kto": KTORecipe,
+    "reward": RewardRecipe,
+}
 """The recipe class of each method."""
 
-NOT_YET = ("reward", "rrhf", "ppo", "grpo", "rloo")
+NOT_YET = ("rrhf", "ppo", "grpo", "rloo")
 """Methods that are planned and refused by name until they are there."""

@@ -170,6 +170,13 @@ class KTOLoss(Section):
     """lambda_U: weight of the losses of undesirable answers."""
 
 
+class RewardLoss(Section):
+    """A reward model of pairs (Bradley and Terry): -log sigma(r(chosen) - r(rejected))."""
+
+    center_rewards: NonNegative = 0.0
+    """How much of (r(chosen) + r(rejected))^2 is added, which keeps rewards around 0 (arXiv 2312.09244)."""
+
+
 class Adapter(Section):
     """Train a LoRA adapter instead of the weights."""
 
@@ -201,7 +208,7 @@ class Optimizer(Section):
     name: Literal["adamw", "ondare", "onties", "online_merging"] = "adamw"
     """online_merging takes any pairing of sparsify and consensus."""
     lr: NonNegative
-    """Learning rate at its peak; default 1e-6 for dpo, ipo and kto, 2e-5 for sft."""
+    """Learning rate at its peak; default 1e-6 for dpo, ipo and kto, 1e-5 for reward, 2e-5 for sft."""
     betas: tuple[ShareBelowOne, ShareBelowOne] = (0.9, 0.999)
     eps: Positive | None = None
     """Adam's epsilon; given by the fidelity when not set (1e-8; released: 1e-6)."""

@@ -36,6 +36,7 @@ OWNED: dict[str, str] = {
     "label_smoothing": "loss.label_smoothing",
     "desirable_weight": "loss.desirable_weight",
     "undesirable_weight": "loss.undesirable_weight",
+    "center_rewards_coefficient": "loss.center_rewards",
     "completion_only_loss": "loss.completion_only",
     "packing": "loss.packing",
     "max_length": "data.max_length",

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from trimtab.errors import UserError, unknown
-from trimtab.recipe import DPOLoss, IPOLoss, KTOLoss, LearningRateSchedule, Recipe, SFTLoss
+from trimtab.recipe import DPOLoss, IPOLoss, KTOLoss, LearningRateSchedule, Recipe, RewardLoss, SFTLoss
 
 OURS = ("save_total_limit", "model_init_kwargs", "precompute_ref_log_probs")
 """Fields of the ``training`` section that we act on ourselves (the last one together with TRL)."""
@@ -29,7 +29,13 @@ def config_class(method: str) -> type:
     """Return TRL's config class for a method, against which a recipe's ``training`` section is checked."""
     import trl
 
-    classes = {"sft": trl.SFTConfig, "dpo": trl.DPOConfig, "ipo": trl.DPOConfig, "kto": trl.KTOConfig}
+    classes = {
+        "sft": trl.SFTConfig,
+        "dpo": trl.DPOConfig,
+        "ipo": trl.DPOConfig,
+        "kto": trl.KTOConfig,
+        "reward": trl.RewardConfig,
+    }
     if method not in classes:
         raise UserError(f"method {method!r} is not available yet; available: {', '.join(classes)}")
     return classes[method]
@@ -134,6 +140,8 @@ def _loss(recipe: Recipe) -> dict[str, Any]:
     loss = recipe.loss
     if isinstance(loss, SFTLoss):
         return {"completion_only_loss": loss.completion_only, "packing": loss.packing}
+    if isinstance(loss, RewardLoss):
+        return {"center_rewards_coefficient": loss.center_rewards or None}
     if isinstance(loss, KTOLoss):
         # The mismatched pairs are made within batches of rows in the order of the dataset, which is random.
         return {"loss_type": "kto", "train_sampling_strategy": "sequential", **loss.model_dump()}

@@ -16,8 +16,17 @@ _NAMES = {
     "dpo": "Direct preference optimization (arXiv 2305.18290)",
     "ipo": "Identity preference optimization (arXiv 2310.12036)",
     "kto": "Kahneman-Tversky optimization (arXiv 2402.01306)",
+    "reward": "A reward model",
 }
-_MEASURED = ("loss", "rewards/accuracies", "rewards/margins", "kl", "mean_token_accuracy")
+_MEASURED = (
+    "loss",
+    "rewards/accuracies",
+    "rewards/margins",
+    "kl",
+    "accuracy",
+    "margin",
+    "mean_token_accuracy",
+)
 
 
 def model_card(folder: RunFolder, parts: Parts) -> str:
@@ -37,6 +46,7 @@ def model_card(folder: RunFolder, parts: Parts) -> str:
         _origin(parts),
         _data(folder.read_result("data")),
         _metrics(folder.metrics),
+        folder.read_result("rewards").get("summary", ""),
         "## Recipe\n\n```yaml\n"
         + yaml.safe_dump(recipe.resolved(), sort_keys=False, allow_unicode=True)
         + "```\n",

@@ -68,17 +68,21 @@ def measure(parts: Parts) -> Size:
 def count_parameters(model: ModelFolder, recipe: Recipe) -> tuple[int, int]:
     """Return the numbers of all and of trained parameters, tied ones once, from a model without storage."""
     from peft import PeftConfig, get_peft_model
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
     source: Any = model.folder
-    adapter = None if recipe.adapter is None else lora_config(recipe.adapter)
+    adapter = None if recipe.adapter is None else lora_config(recipe.adapter, recipe.method)
     if model.is_adapter:
         adapter = PeftConfig.from_pretrained(model.folder)
         adapter.inference_mode = False
         source = adapter.base_model_name_or_path
     config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     with torch.device("meta"):
-        empty = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        if recipe.method == "reward":
+            config.num_labels = 1
+            empty = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
+        else:
+            empty = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         if adapter is not None:
             empty = get_peft_model(empty, adapter)
     counts = [(p.numel(), p.requires_grad) for p in empty.parameters()]

@@ -90,6 +90,10 @@ class GuardedTrainer(OnlineMergingMixin):
                 f"{sorted(load_result.unexpected_keys) or 'nothing'} too many; start a new run"
             )
 
+    def final_results(self) -> dict[str, Any]:
+        """What is measured once the model is trained, by the name of its file; every process takes part."""
+        return {}
+
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write nothing: the run folder's ``README.md`` is ours."""
 

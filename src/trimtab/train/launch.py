@@ -226,7 +226,11 @@ def _sample(trainer: Any, folder: RunFolder, parts: Parts, when: str) -> None:
 def _finish(trainer: Any, folder: RunFolder, parts: Parts) -> None:
     """Write what is known at the end; ``model/`` comes last, and a run that has it is finished."""
     _sample(trainer, folder, parts, "after")
+    results = trainer.final_results()
     if is_first_process():
+        for name, result in results.items():
+            folder.write_result(name, result)
+            say(result["summary"])
         _write_counts(folder, parts)  # those of a stream have grown
         write_text(folder.path / "README.md", model_card(folder, parts))
         model = trainer.accelerator.unwrap_model(trainer.model)

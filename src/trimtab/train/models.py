@@ -130,8 +130,8 @@ def load_model(model: ModelFolder, settings: dict[str, Any], *, trainable: bool)
         ) from error
 
 
-def lora_config(adapter: Adapter) -> Any:
-    """The recipe's ``adapter`` section as PEFT's configuration."""
+def lora_config(adapter: Adapter, method: str) -> Any:
+    """The recipe's ``adapter`` section as PEFT's configuration; a reward model's head is trained whole."""
     from peft import LoraConfig
 
     targets = adapter.target_modules
@@ -140,7 +140,7 @@ def lora_config(adapter: Adapter) -> Any:
         lora_alpha=adapter.alpha,
         lora_dropout=adapter.dropout,
         target_modules=targets if isinstance(targets, str) else list(targets),
-        task_type="CAUSAL_LM",
+        task_type="SEQ_CLS" if method == "reward" else "CAUSAL_LM",
     )
 
 

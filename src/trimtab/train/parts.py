@@ -102,6 +102,11 @@ def find_models(recipe: Recipe) -> tuple[ModelFolder, ModelFolder | None]:
             f"model {policy.label!r} is an adapter already, so the recipe's adapter cannot be added to it; "
             "leave adapter out to train it further, or merge it into its model first"
         )
+    if policy.is_adapter and recipe.method == "reward":
+        raise UserError(
+            f"model {policy.label!r} is an adapter of a language model, which has no place for a score; "
+            "merge it into its model first, and make a reward model of that"
+        )
     if not recipe.needs_reference or recipe.reference is None:
         return policy, None
     same = recipe.reference == recipe.model

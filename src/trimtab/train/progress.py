@@ -13,6 +13,7 @@ _SHOWN = (
     "loss",
     "rewards/accuracies",
     "rewards/margins",
+    "accuracy",
     "mean_token_accuracy",
     "learning_rate",
     "grad_norm",

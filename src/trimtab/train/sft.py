@@ -31,5 +31,5 @@ def trainer_arguments(parts: Parts) -> dict[str, Any]:
         "eval_dataset": parts.held_out,
         "processing_class": parts.tokenizer,
         "optimizer_plan": parts.plan,
-        "peft_config": None if adapter is None else lora_config(adapter),
+        "peft_config": None if adapter is None else lora_config(adapter, parts.recipe.method),
     }

@@ -131,14 +131,15 @@ def test_a_recipe_is_checked_against_the_class_of_its_method():
     assert asked == [], "without a training section there is no need for the trainer"
 
 
-@pytest.mark.parametrize("config", ["DPOConfig", "KTOConfig", "SFTConfig"])
+@pytest.mark.parametrize("config", ["DPOConfig", "KTOConfig", "RewardConfig", "SFTConfig"])
 def test_against_trl(config):
     config_class = getattr(pytest.importorskip("trl"), config)
     fields = {field.name for field in dataclasses.fields(config_class)}
     only = dict.fromkeys(["label_smoothing", "loss_weights", "truncation_mode"], "DPOConfig")
     only |= dict.fromkeys(["desirable_weight", "undesirable_weight"], "KTOConfig")
     only |= dict.fromkeys(["completion_only_loss", "packing"], "SFTConfig")
-    only |= {"beta": "DPOConfig KTOConfig"}
+    only |= {"beta": "DPOConfig KTOConfig", "loss_type": "DPOConfig KTOConfig SFTConfig"}
+    only |= {"center_rewards_coefficient": "RewardConfig"}
     gone = {"warmup_ratio"}  # what people remember from transformers 4
     expected = {name for name in (*OWNED, *REFUSED) if config in only.get(name, config).split()} - gone
     assert expected <= fields | {"truncation_mode"}

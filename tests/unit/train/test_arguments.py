@@ -68,7 +68,7 @@ def test_a_resumed_run_is_not_evaluated_at_its_start(arguments: Any) -> None:
 
 
 def test_an_unknown_method_is_refused() -> None:
-    with pytest.raises(UserError, match="'ppo' is not available yet; available: sft, dpo, ipo, kto"):
+    with pytest.raises(UserError, match="'ppo' is not available yet; available: sft, dpo, ipo, kto, reward"):
         config_class("ppo")
 
 

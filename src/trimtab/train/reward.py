@@ -1,0 +1,109 @@
+"""A reward model of pairs: TRL's trainer on the model's layers with a head that gives one score.
+
+The loss of a pair, after Bradley and Terry, with r(x, y) the score of a whole conversation at its last token:
+
+    L = −log σ(r(x, y_w) − r(x, y_l)) + c · (r(x, y_w) + r(x, y_l))²
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AutoModelForSequenceClassification, set_seed
+from trl import RewardTrainer
+from trl.trainer.reward_trainer import suppress_seqcls_warning
+
+from trimtab.errors import UserError
+from trimtab.evaluate import wilson
+from trimtab.train.guard import GuardedTrainer
+from trimtab.train.models import ModelFolder
+from trimtab.train.parts import Parts
+from trimtab.train.sft import trainer_arguments
+
+CONFIDENCE = 0.95
+
+
+class MergingRewardTrainer(GuardedTrainer, RewardTrainer):
+    """TRL's reward trainer with an optimizer built from named parameters; arguments of both."""
+
+    def final_results(self) -> dict[str, Any]:
+        """The accuracy on the held-out pairs as ``rewards``; nothing where there are none."""
+        return {} if self.eval_dataset is None else {"rewards": pairwise_accuracy(self.held_out_scores())}
+
+    @torch.no_grad()
+    def held_out_scores(self) -> list[tuple[float, float]]:
+        """Score every held-out pair.
+
+        Returns:
+            The scores of the chosen and of the rejected answer, in the order of the held-out rows.
+        """
+        training = self.model.training
+        self.model.eval()
+        found = []
+        for batch in self.get_eval_dataloader():
+            batch = self._prepare_inputs(batch)
+            inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+            with self.compute_loss_context_manager():
+                scores = self.model(**inputs, use_cache=False).logits.squeeze(-1)
+            pairs = torch.stack(torch.chunk(scores.float(), chunks=2), dim=1)
+            found += self.accelerator.gather_for_metrics(pairs).tolist()
+        self.model.train(training)
+        return [(chosen, rejected) for chosen, rejected in found]
+
+
+def pairwise_accuracy(scores: list[tuple[float, float]]) -> dict[str, Any]:
+    """Count how often the chosen answer scores higher; a tie counts as wrong.
+
+    Args:
+        scores: of the chosen and of the rejected answer of each pair, at least one.
+
+    Returns:
+        Counts, the accuracy with Wilson's 95 % interval, a summary in words, and the scores themselves.
+
+    Examples:
+        >>> found = pairwise_accuracy([(1.0, 0.0), (0.5, 0.2), (0.1, 0.3)])
+        >>> found["summary"].partition(": ")[2]
+        'accuracy 66.7 % (95 % interval 20.8 to 93.9 %)'
+    """
+    correct = sum(chosen > rejected for chosen, rejected in scores)
+    found = wilson(correct, len(scores), CONFIDENCE)
+    return {
+        "pairs": len(scores),
+        "correct": correct,
+        "ties": sum(chosen == rejected for chosen, rejected in scores),
+        "accuracy": found.estimate,
+        "interval": {"low": found.low, "high": found.high, "confidence": CONFIDENCE, "kind": "Wilson"},
+        "summary": (
+            f"the chosen answer scores higher in {correct:,} of {len(scores):,} held-out pairs: accuracy "
+            f"{found.estimate:.1%} ({CONFIDENCE:.0%} interval {found.low * 100:.1f} to {found.high:.1%})"
+        ).replace("%", " %"),
+        "scores": [{"chosen": chosen, "rejected": rejected} for chosen, rejected in scores],
+    }
+
+
+def make_trainer(parts: Parts) -> MergingRewardTrainer:
+    """Load the model with a head for one score and put the trainer together."""
+    set_seed(parts.arguments.seed)  # the head is drawn while the model is loaded
+    return MergingRewardTrainer(
+        model=load_scoring_model(parts.policy, parts.model_settings), **trainer_arguments(parts)
+    )
+
+
+def load_scoring_model(model: ModelFolder, settings: dict[str, Any]) -> Any:
+    """Load a model for sequence classification with one label, in fp32 unless ``settings`` say otherwise.
+
+    A language model's own head is left out, and a head for the score is drawn; a reward model keeps its own.
+
+    Raises:
+        UserError: if transformers cannot load it so.
+    """
+    arguments = {"dtype": torch.float32, **settings, "trust_remote_code": False, "use_safetensors": True}
+    try:
+        with suppress_seqcls_warning():
+            return AutoModelForSequenceClassification.from_pretrained(model.folder, num_labels=1, **arguments)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"{model.label!r} cannot be loaded as a reward model with one score: {said}"
+        ) from error
