@@ -148,3 +148,21 @@ def test_a_run_killed_at_every_kind_of_moment_is_the_run_that_was_not(
     resume_until_done(recipe)
     print(f"seed {seed}, {killed} kills, last complete checkpoints {kept}")
     assert_same_run(run, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["ipo", "kto", "reward"])
+def test_a_killed_run_of_another_method_is_the_run_that_was_not(
+    method: str, tiny_models: Any, tiny_pairs: Any, tmp_path: Path
+) -> None:
+    training = {"max_steps": STEPS, "save_steps": 2, "save_total_limit": 3}
+    values = tiny.recipe(
+        tiny_models, tiny_pairs, tmp_path / "whole", method=method, training=training, evaluation={"every": 8}
+    )
+    expected = tiny.train(values)
+    run = tmp_path / "killed"
+    recipe = write_recipe({**values, "output": str(run)}, tmp_path / "recipe.yaml")
+    assert kill_at(start(recipe), after_lines(run, STEPS // 2), 0.01), "not killed"
+    assert last_complete(run) is not None
+    resume_until_done(recipe)
+    assert_same_run(run, expected)
