@@ -179,3 +179,49 @@ def test_what_cannot_be_meant_is_refused(
     values["data"] |= data
     with pytest.raises(UserError, match=sentence):
         tiny.train(values)
+
+
+@pytest.mark.parametrize(("method", "loss"), [("ipo", 25.0), ("kto", 0.5)])
+def test_under_an_adapter_the_start_is_the_reference(
+    method: str, loss: float, tiny_models: Any, tiny_pairs: Any, tmp_path: Path
+) -> None:
+    sections = {"optimizer": tiny.ADAMW, "base": None, "adapter": {"r": 2}, "training": {"max_steps": 2}}
+    folder = tiny.train(tiny.recipe(tiny_models, tiny_pairs, tmp_path / "o", method=method, **sections))
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert next(line["loss"] for line in lines if "loss" in line) == pytest.approx(loss, rel=1e-5)
+    assert (folder / "model" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("method", ["ipo", "kto"])
+def test_without_a_pad_token_the_loss_is_the_same(
+    method: str, trainer_of: Any, tiny_models: tuple[Path, Path], tmp_path: Path
+) -> None:
+    unpadded = tmp_path / "unpadded"
+    shutil.copytree(tiny_models[0], unpadded)
+    tiny.tokenizer(pad_token=None).save_pretrained(unpadded)
+    found = []
+    for start in (tiny_models[0], unpadded):
+        trainer = trainer_of(method=method, model=str(start), optimizer=tiny.ADAMW, base=None)
+        rows = [trainer.train_dataset[index] for index in range(6)]
+        with torch.no_grad():
+            found.append(float(trainer.compute_loss(trainer.model, trainer.data_collator(rows))))
+        found.append(trainer.data_collator.pad_token_id)
+    assert found[1::2] == [0, 1]  # <|pad|>, and <|end|> in its place
+    assert found[0] == pytest.approx(found[2], rel=1e-6)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tiny_models: Any, tiny_pairs: Any, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny_models[1], broken)
+    model = AutoModelForCausalLM.from_pretrained(broken)
+    model.model.norm.weight.data[3] = float("nan")
+    model.save_pretrained(broken)
+    sections = {"optimizer": tiny.ADAMW, "base": None, "model": str(broken)}
+    for method in ("ipo", "kto", "reward"):
+        values = tiny.recipe(tiny_models, tiny_pairs, tmp_path / method, method=method, **sections)
+        values["reference"] = str(tiny_models[1]) if method != "reward" else None
+        values = {name: value for name, value in values.items() if value is not None}
+        with pytest.raises(UserError, match=r"the loss is nan at step 1 .*no checkpoint was written yet"):
+            tiny.train(values)
