@@ -6,7 +6,8 @@
 A Llama of the 135M shape (30 layers of width 576, vocabulary 49,152, tied) with random weights, fp32. Both
 sides run the same code but for the layout: the output embedding is applied to response tokens only, in
 chunks. They take turns in one process; the ratio is the median over neighbouring pairs, with the lowest and
-the highest, and beside it that of the fastest steps, which a busy machine disturbs least. Before the clock starts, both must have given the same log-probabilities and the same gradients.
+the highest, and beside it that of the fastest steps, which a busy machine disturbs least. Before the clock
+starts, both must have given the same log-probabilities and the same gradients.
 """
 
 from __future__ import annotations

@@ -235,6 +235,54 @@ def test_the_guard_stops_at_a_loss_that_is_not_finite(tmp_path: Path) -> None:
         trainer.train()
 
 
+def test_activation_checkpointing_and_autocast(tmp_path: Path) -> None:
+    split = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    for kind, near in (({"activation_checkpointing": True}, 1e-4), ({"bf16": True}, 1e-2)):
+        model = tiny.model()
+        loss, slopes = expected(model, "sum")
+        trainer = RRHFTrainer(
+            model,
+            arguments(tmp_path, **split, **kind),
+            settings=RRHFSettings(**SETTINGS),
+            train_dataset=Dataset.from_list(data()),
+        )
+        with plain_libraries():
+            found = gradients(model, trainer.train)
+        largest = max(float(slope.abs().max()) for slope in slopes.values())
+        assert trainer.state.log_history[0]["loss"] == pytest.approx(loss, rel=near)
+        for name, slope in slopes.items():
+            torch.testing.assert_close(found[name], slope, rtol=0, atol=near * largest)
+
+
+@pytest.mark.parametrize("target", ["q_proj", "lm_head"])
+def test_adapters_train_and_on_the_output_embedding_too(target: str, tmp_path: Path) -> None:
+    """An adapter on the output embedding makes it more than a product: then the model makes its logits."""
+    from peft import LoraConfig, get_peft_model
+
+    lora = LoraConfig(r=4, target_modules=["v_proj", target], init_lora_weights=False)
+    with plain_libraries():
+        model = get_peft_model(tiny.model(tied=False), lora)
+    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    logps, place, loss = naive(model, data()), 0, 0
+    for row in data():
+        loss = loss - logps[place + row["scores"].index(max(row["scores"]))] / len(data())
+        place += len(row["scores"])
+    slopes = dict(
+        zip([n for n, _ in trainable], torch.autograd.grad(loss, [p for _, p in trainable]), strict=True)
+    )
+    with plain_libraries():
+        trainer = RRHFTrainer(
+            model,
+            arguments(tmp_path, per_device_train_batch_size=4),
+            settings=RRHFSettings(rank_weight=0.0),
+            train_dataset=Dataset.from_list(data()),
+        )
+        assert (trainer._head is None) == (target == "lm_head")
+        found = gradients(model, trainer.train)
+    assert_same_gradients(found, slopes)
+    assert all(float(found[name].abs().max()) == 0 for name in found if name not in slopes)
+
+
 def test_a_collator_of_ones_own(tmp_path: Path) -> None:
     collator = RRHFCollator(0, "repeated", padding_side="left", pad_to_multiple_of=32)
     model = tiny.model()
