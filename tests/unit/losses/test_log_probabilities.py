@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from trimtab.losses import head_log_probabilities, selective_log_softmax
+from trimtab.losses import head_log_probabilities, log_probabilities, selective_log_softmax
 
 N, D, V = 13, 5, 11
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 4e-2}
@@ -129,3 +129,18 @@ def test_nothing_as_large_as_the_logits_is_allocated(dtype: torch.dtype) -> None
     with Largest() as whole:
         torch.log_softmax((hidden @ weight.T).float(), -1).gather(1, targets[:, None]).sum().backward()
     assert whole.elements == 64 * 97  # the measure sees what it should
+
+
+def test_chunks_are_bounded_by_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(log_probabilities, "CHUNK_ELEMENTS", 8 * 97)
+    hidden, weight, _, targets, _ = inputs(torch.float32, positions=64, vocabulary=97)
+    with Largest() as projected:
+        head_log_probabilities(hidden.requires_grad_(), weight, targets).sum().backward()
+    assert projected.elements == 8 * 97
+    logits = (hidden.detach() @ weight.T).bfloat16()
+    with Largest() as selected:
+        selective_log_softmax(logits, targets)
+    assert selected.elements == 8 * 97
+    with torch.inference_mode():  # a chunk holds one position at least
+        monkeypatch.setattr(log_probabilities, "CHUNK_ELEMENTS", 1)
+        assert head_log_probabilities(hidden, weight, targets).shape == (64,)
