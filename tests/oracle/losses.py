@@ -32,7 +32,7 @@ def kto(
     desirable_weight: float = 1.0,
     undesirable_weight: float = 1.0,
 ) -> tuple[float, float]:
-    """KTO, Eq. 8 of arXiv 2402.01306, and the reference point z (the KL term) it was computed with."""
+    """KTO, arXiv 2402.01306, and the reference point z (the KL term) it was computed with."""
     reference_point = max(0.0, sum(_summed(one) for one in mismatched) / len(mismatched))
     total = 0.0
     for one, desirable in answers:
