@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -58,7 +59,13 @@ def replacing_folder(path: str | Path) -> Iterator[Path]:
 
 
 def take_place(folder: Path, path: Path) -> None:
-    """Rename ``folder`` to ``path``, in the same folder, and remove what was there."""
+    """Rename ``folder`` to ``path``, in the same folder, and remove the folder that was there.
+
+    Raises:
+        NotADirectoryError: something else than a folder is there; it is left alone.
+    """
+    if path.exists() and not path.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
     folder.chmod(0o777 & ~_umask())
     if path.exists():
         aside = path.with_name(f".{path.name}.old")

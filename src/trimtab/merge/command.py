@@ -72,7 +72,7 @@ def run(
         check_space(target, plan.size)
         show(plan, estimated(plan), console)
         return
-    path = run_plan(plan, target, shard_size=limit, progress=True)
+    path = run_plan(plan, target, overwrite=overwrite, shard_size=limit, progress=True)
     written = f"{plan.size / 1e9:.3f} GB in {len(plan.outputs)} tensors"
     console.print(f"{written}: {escape(str(path))}", soft_wrap=True)
 

@@ -143,7 +143,7 @@ def _checked(
 
 def as_yaml(values: Mapping[str, Any]) -> str:
     """Return values that were given from Python as YAML."""
-    return yaml.safe_dump(_plain(values), sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(_plain(values), sort_keys=False)
 
 
 def _plain(value: Any) -> Any:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,13 +15,14 @@ from trimtab.files import take_place, write_json, write_text
 from trimtab.merge.layers import COUNTS
 from trimtab.merge.plan import Plan
 from trimtab.merge.tokens import tokenizer_folder
-from trimtab.merge.writer import Shard
+from trimtab.merge.writer import Shard, is_whole
 
 try:
     import fcntl
 except ImportError:  # not a POSIX system
     fcntl = None  # type: ignore[assignment]
 
+_LOCK = "merging.lock"
 DIGEST = "merging.json"
 """What the work folder holds beside complete files: which merge they belong to."""
 
@@ -49,19 +49,41 @@ def check_out(out: Path, *, overwrite: bool) -> None:
     Raises:
         UserError: says which.
     """
+    check_place(out)
+    if out.is_dir() and any(out.iterdir()):
+        if not overwrite:
+            raise UserError(f"{out} is there already; name another folder, or give --overwrite to replace it")
+        _check_model(out)
+
+
+def _check_model(out: Path) -> None:
+    """Refuse to replace a folder that is more than a model, or none."""
+    names = [path.name for path in out.iterdir()]
+    weights = any(name.endswith((".safetensors", ".bin", ".gguf")) for name in names)
+    if "config.json" not in names or not weights:
+        raise UserError(f"{out} holds no model, so --overwrite does not replace it; name another folder")
+    folders = sorted(path.name for path in out.iterdir() if path.is_dir())
+    if folders:
+        raise UserError(
+            f"{out} holds more than a model ({folders[0]}), so --overwrite does not replace it; name another "
+            "folder"
+        )
+
+
+def check_place(out: Path) -> None:
+    """Refuse an output that cannot be a folder of its own.
+
+    Raises:
+        UserError: says why.
+    """
     for path in (out, *out.parents):
-        if path.is_file():
+        if path.exists() and not path.is_dir():
             raise UserError(f"{path} is a file; name a folder to be written")
     if out.is_symlink():
         raise UserError(f"{out} is a link; name the folder that it leads to, or another one")
     here = Path.cwd()
     if out.resolve() in (here, *here.parents):
         raise UserError(f"{out} is, or holds, the current folder; name a folder to be made in it")
-    if out.is_dir() and any(out.iterdir()):
-        if not overwrite:
-            raise UserError(f"{out} is there already; name another folder, or give --overwrite to replace it")
-        if not (out / "config.json").is_file():
-            raise UserError(f"{out} holds no model, so --overwrite does not replace it; name another folder")
 
 
 def check_inputs_apart(out: Path, plan: Plan) -> None:
@@ -95,7 +117,9 @@ def check_space(out: Path, size: int) -> None:
 
 
 @contextmanager
-def growing(out: Path, digest: str, shards: tuple[Shard, ...]) -> Iterator[Path]:
+def growing(
+    out: Path, digest: str, shards: tuple[Shard, ...], check: Callable[[], None] = lambda: None
+) -> Iterator[Path]:
     """Yield the folder in which the output grows, beside ``out``; at the end it takes its place.
 
     After an interruption (Ctrl-C, a kill) its complete shards stay, and the same merge goes on from there.
@@ -105,11 +129,17 @@ def growing(out: Path, digest: str, shards: tuple[Shard, ...]) -> Iterator[Path]
         out: the output.
         digest: of everything that the output's tensors follow from.
         shards: the files that are kept.
+        check: raises where ``out`` may not be written; asked again before it takes its place.
     """
     work = out.absolute().parent / f".{out.name}.merging"
     with _alone(work, out):
         _prepare(work, digest, shards)
+        check()
         yield from _grown(work, out, shards)
+        check()
+        take_place(work, out)
+        for name in (DIGEST, _LOCK):
+            (out / name).unlink(missing_ok=True)
 
 
 @contextmanager
@@ -121,15 +151,14 @@ def _alone(work: Path, out: Path) -> Iterator[None]:
     if fcntl is None:
         yield
         return
-    handle = os.open(work, os.O_RDONLY)
-    try:
+    with (work / _LOCK).open("w") as held:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"another merge is writing {out}; wait for it, or name another folder") from None
+        except OSError:  # a file system without locks
+            pass
         yield
-    finally:
-        os.close(handle)
 
 
 def _grown(work: Path, out: Path, shards: tuple[Shard, ...]) -> Iterator[Path]:
@@ -147,8 +176,6 @@ def _grown(work: Path, out: Path, shards: tuple[Shard, ...]) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)
         raise
-    (work / DIGEST).unlink()
-    take_place(work, out)
 
 
 def _prepare(work: Path, digest: str, shards: tuple[Shard, ...]) -> None:
@@ -156,7 +183,9 @@ def _prepare(work: Path, digest: str, shards: tuple[Shard, ...]) -> None:
         ours = json.loads((work / DIGEST).read_text(encoding="utf-8")) == {"digest": digest}
     except (OSError, ValueError):
         ours = False
-    kept = {DIGEST, *(shard.file for shard in shards)} if ours else set()
+    kept = {_LOCK}
+    if ours:
+        kept |= {shard.file for shard in shards if is_whole(work, shard)}
     for file in work.iterdir():
         if file.is_dir() and not file.is_symlink():
             shutil.rmtree(file)

@@ -84,6 +84,12 @@ class Input(Protocol):
         """What tells this model's content apart from another's, in 32 hex digits."""
 
 
+def stamps(folder: Path) -> str:
+    """Names, sizes and times of change of a folder's files: what is new if one of them is written."""
+    found = ((path.name, path.stat()) for path in sorted(folder.iterdir()) if path.is_file())
+    return repr([(name, stat.st_size, stat.st_mtime_ns) for name, stat in found])
+
+
 class FolderInput:
     """A folder as ``save_pretrained`` writes it, its files mapped into memory.
 

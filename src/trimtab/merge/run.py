@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from itertools import repeat
 from math import prod
 from pathlib import Path
@@ -21,7 +22,9 @@ from trimtab.merge.card import model_card
 from trimtab.merge.checks import check_different, not_finite, same_whole_numbers
 from trimtab.merge.config import MergeConfig, load_config
 from trimtab.merge.folder import check_inputs_apart, check_out, check_space, growing, write_surroundings
+from trimtab.merge.inputs import stamps
 from trimtab.merge.plan import Output, Plan, make_plan
+from trimtab.merge.tokens import tokenizer_folder
 from trimtab.merge.writer import Entry, Shard, ShardWriter, sharded, write_index
 from trimtab.ops.fingerprint import combined_digest
 from trimtab.ops.sparsify import Cut, top_count
@@ -72,23 +75,36 @@ def merge(
     target = Path(out).expanduser()
     check_out(target, overwrite=overwrite)
     asked = config if isinstance(config, MergeConfig) else load_config(config)
-    return run_plan(make_plan(asked), target, shard_size=shard_size, progress=progress)
+    return run_plan(make_plan(asked), target, overwrite=overwrite, shard_size=shard_size, progress=progress)
 
 
-def run_plan(plan: Plan, out: Path, *, shard_size: int = SHARD_SIZE, progress: bool = False) -> Path:
+def run_plan(
+    plan: Plan,
+    out: Path,
+    *,
+    overwrite: bool = False,
+    shard_size: int = SHARD_SIZE,
+    progress: bool = False,
+) -> Path:
     """Carry out a plan; arguments as for :func:`merge`."""
-    run_plans([plan], [out], shard_size=shard_size, progress=progress)
+    run_plans([plan], [out], overwrite=overwrite, shard_size=shard_size, progress=progress)
     return out
 
 
 def run_plans(
-    plans: Sequence[Plan], outs: Sequence[Path], *, shard_size: int = SHARD_SIZE, progress: bool = False
+    plans: Sequence[Plan],
+    outs: Sequence[Path],
+    *,
+    overwrite: bool = False,
+    shard_size: int = SHARD_SIZE,
+    progress: bool = False,
 ) -> None:
     """Carry out plans that differ in weights and rates alone, in one pass over their inputs.
 
     Args:
         plans: of the same inputs and output tensors, and of one method.
         outs: a folder to write for each.
+        overwrite: as for :func:`merge`.
         shard_size: as for :func:`merge`.
         progress: as for :func:`merge`.
     """
@@ -99,12 +115,15 @@ def run_plans(
     check_different(first)
     shards = sharded([output.entry for output in first.outputs], shard_size)
     fingerprints = tuple(model.fingerprint() for model in first.inputs)
+    folders_read = {path for model in first.inputs for path in (model.folder, tokenizer_folder(model))}
+    stamped = [stamps(path) for path in sorted(folders_read)]
     with ExitStack() as stack:
         folders = []
         for plan, out in zip(plans, outs, strict=True):
             followed = [__version__, plan.config.text, repr(plan.outputs), repr(shards), *fingerprints]
-            digest = combined_digest(followed)
-            folders.append(stack.enter_context(growing(out, digest, shards)))
+            digest = combined_digest([*followed, *stamped])
+            check = partial(check_out, out, overwrite=overwrite)
+            folders.append(stack.enter_context(growing(out, digest, shards, check)))
         bar = stack.enter_context(progress_bar("merging")) if progress else _silent
         runner = stack.enter_context(running(plans, bar))
         for shard in shards:
@@ -121,8 +140,14 @@ def run_plans(
 def running(plans: Sequence[Plan], progress: Progress) -> Iterator[Runner]:
     """Yield what computes and writes, with its threads."""
     threads = max(1, torch.get_num_threads())
-    with ThreadPoolExecutor(threads, "merge", _one_thread) as pool, ThreadPoolExecutor(1, "write") as writing:
-        yield Runner(plans, pool, writing, progress)
+    try:
+        with (
+            ThreadPoolExecutor(threads, "merge", _one_thread) as pool,
+            ThreadPoolExecutor(1, "write") as writing,
+        ):
+            yield Runner(plans, pool, writing, progress)
+    finally:
+        torch.set_num_threads(threads)  # what the pool has set holds for threads that begin later, too
 
 
 class Runner:
@@ -157,7 +182,8 @@ class Runner:
     def write(self, folders: Sequence[Path], shard: Shard) -> None:
         """Compute the tensors of one file of each output and write them."""
         with ExitStack() as stack:
-            writers = [stack.enter_context(ShardWriter(folder, shard)) for folder in folders]
+            lasting = len(shard.entries) < len(self._plans[0].outputs)
+            writers = [stack.enter_context(ShardWriter(folder, shard, lasting=lasting)) for folder in folders]
             stack.callback(self._settle)
             for number, entry in enumerate(shard.entries):
                 works = self._prepared(self._place[entry.key])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -10,10 +11,11 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from trimtab.delta.checkpoint import read_json
 from trimtab.errors import UserError
-from trimtab.files import replacing_folder, write_json
+from trimtab.files import write_json
 from trimtab.merge.config import MergeConfig, load_config
-from trimtab.merge.folder import check_out
+from trimtab.merge.folder import check_inputs_apart, check_out, check_place, growing
 from trimtab.merge.methods import taken_by
 from trimtab.merge.plan import Plan, make_plan
 from trimtab.merge.run import SHARD_SIZE, run_plans
@@ -90,7 +92,8 @@ def sweep(
     asked = config if isinstance(config, MergeConfig) else load_config(config)
     points = grid(asked, densities, weights)
     plan = make_plan(asked)
-    with replacing_folder(target) as folder:
+    check_inputs_apart(target, plan)
+    with growing(target, "sweep", (), lambda: _check_target(target, overwrite=overwrite)) as folder:
         grown = folder / "points" if score else folder
         grown.mkdir(exist_ok=True)
         plans = [at_point(plan, point) for point in points]
@@ -118,7 +121,7 @@ def grid(config: MergeConfig, densities: Sequence[float] | None, weights: Sequen
         ['density-0.5-weight-0.5', 'density-0.5-weight-1']
     """
     known = taken_by(config.method)
-    if "weight" not in known or config.base_model is None or config.method == "linear":
+    if "weight" not in known or config.method == "linear":
         raise UserError(
             f"a sweep varies the weights of deltas, and {config.method} has none; sweep task_arithmetic, "
             "ties, dare_linear or dare_ties"
@@ -143,7 +146,9 @@ def grid(config: MergeConfig, densities: Sequence[float] | None, weights: Sequen
 def at_point(plan: Plan, point: Point) -> Plan:
     """The plan with a point's density and weights."""
     outputs = tuple(
-        replace(
+        output
+        if output.base is None  # the base's own tensor, where no other model has it
+        else replace(
             output,
             parts=tuple(
                 replace(
@@ -162,15 +167,26 @@ def at_point(plan: Plan, point: Point) -> Plan:
 
 
 def _check_target(out: Path, *, overwrite: bool) -> None:
-    if overwrite and (out / RESULT).is_file():  # an earlier sweep: its points lie inside
+    check_place(out)
+    if not (overwrite and (out / RESULT).is_file()):
+        check_out(out, overwrite=overwrite)
         return
-    check_out(out, overwrite=overwrite)
+    points = {str(point["name"]) for point in read_json(out / RESULT).get("points", [])}
+    others = [path.name for path in out.iterdir() if path.is_dir() and path.name not in points]
+    if others:
+        raise UserError(f"{out} holds more than a sweep ({others[0]}), so --overwrite does not replace it")
 
 
 def _scored(score: Score, folder: Path) -> float:
-    value = float(score(folder))
-    if value != value:
-        raise UserError(f"the score of {folder.name} is NaN; a score has to be a number, and more is better")
+    given = score(folder)
+    try:
+        value = float(given)
+    except (TypeError, ValueError):
+        value = math.nan
+    if not math.isfinite(value):
+        raise UserError(
+            f"the score of {folder.name} is {given!r}; a score has to be a finite number, and more is better"
+        )
     return value
 
 

@@ -103,12 +103,23 @@ def write_index(folder: Path, shards: Sequence[Shard]) -> None:
         write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
 
 
+def is_whole(folder: Path, shard: Shard) -> bool:
+    """Whether a shard's file is there, has its header, and is as long as it must be."""
+    path, header = folder / shard.file, _header(shard.entries)
+    try:
+        with path.open("rb") as file:
+            return file.read(len(header)) == header and path.stat().st_size == len(header) + shard.size
+    except OSError:
+        return False
+
+
 class ShardWriter:
     """Writes one shard under a temporary name, and gives it its own when everything is in it.
 
     Args:
         folder: where the file goes.
         shard: what goes into it; values have to come in this order.
+        lasting: have the disk confirm it before it gets its name, since a later run may go on from it.
 
     Examples:
         >>> import tempfile
@@ -122,7 +133,8 @@ class ShardWriter:
         [[0.0, 0.0], [0.0, 1.0]]
     """
 
-    def __init__(self, folder: Path, shard: Shard) -> None:
+    def __init__(self, folder: Path, shard: Shard, *, lasting: bool = False) -> None:
+        self._lasting = lasting
         self._path = folder / shard.file
         self._temporary = folder / f".{shard.file}.tmp"
         self._left = shard.size
@@ -147,6 +159,9 @@ class ShardWriter:
     ) -> None:
         """Give the file its name; after an error, remove it."""
         try:
+            if kind is None and self._lasting:
+                self._file.flush()
+                os.fsync(self._file.fileno())
             self._file.close()
             if kind is None and self._left:
                 raise ValueError(f"{self._path.name} lacks {self._left} bytes")

@@ -58,7 +58,7 @@ FIRST = "model-00001-of-00002.safetensors"
 
 def test_after_ctrl_c_complete_files_are_kept_beside_out(place: Place, stopped: Stopped) -> None:
     assert not (place.folder / "out").exists()
-    assert stopped.kept() == ["merging.json", FIRST]
+    assert stopped.kept() == ["merging.json", "merging.lock", FIRST]
     assert stopped.notes == ["1 of 2 files are kept, and the same command goes on from there"]
 
 
@@ -167,15 +167,42 @@ def test_two_merges_do_not_write_one_folder(place: Place) -> None:
     fcntl = pytest.importorskip("fcntl")
     work = place.folder / ".out.merging"
     work.mkdir()
-    handle = os.open(work, os.O_RDONLY)
-    fcntl.flock(handle, fcntl.LOCK_EX)
-    try:
+    with (work / "merging.lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
         with pytest.raises(UserError, match=r"another merge is writing .*out; wait for it"):
             place.merged(place.values())
         assert work.is_dir(), "it is the other's"
-    finally:
-        os.close(handle)
     place.merged(place.values())
+    assert not work.exists()
+
+
+def test_a_damaged_file_is_not_kept(place: Place, stopped: Stopped, tmp_path: Path) -> None:
+    (stopped.work / FIRST).write_bytes((stopped.work / FIRST).read_bytes()[:100])
+    again = place.merged(place.values(), shard_size=200)
+    whole = made.merged(tmp_path / "whole", place.values(), shard_size=200)
+    assert again.keys() == whole.keys()
+    assert all(again[name].equal(whole[name]) for name in whole)
+
+
+def test_a_model_that_was_written_anew_is_read_anew(place: Place, stopped: Stopped) -> None:
+    weights = place.folder / "base" / "model.safetensors"
+    os.utime(weights, ns=(0, 0))
+    place.merged(place.values(), shard_size=200)
+    assert len(set(stopped.prepared)) == len(stopped.prepared) - 2, "the first file's tensors, twice"
+
+
+def test_what_appears_during_a_merge_is_left_alone(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = run.Runner.write
+
+    def late(runner: run.Runner, *given: Any) -> None:
+        write(runner, *given)
+        (place.folder / "out").mkdir()
+        (place.folder / "out" / "notes.txt").write_text("mine")
+
+    monkeypatch.setattr(run.Runner, "write", late)
+    with pytest.raises(UserError, match="out is there already"):
+        place.merged(place.values())
+    assert (place.folder / "out" / "notes.txt").read_text() == "mine"
 
 
 def test_a_file_in_the_way_is_named(place: Place) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import shutil
 from collections import namedtuple
 from pathlib import Path
@@ -274,8 +275,27 @@ def test_an_output_that_is_one_of_the_models(place: Place, name: str) -> None:
 
 def test_an_output_that_holds_one_of_the_models(place: Place) -> None:
     (place.folder / "config.json").write_text("{}")
-    with pytest.raises(UserError, match="is, or holds, the model"):
+    (place.folder / "more.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match=r"holds more than a model \("):
         merge(read_config(place.values()), place.folder, overwrite=True)
+
+
+@pytest.mark.parametrize("names", [["config.json"], ["model.safetensors"], ["config.json", "thesis.tex"]])
+def test_a_folder_that_is_no_model_is_not_replaced(place: Place, names: list[str]) -> None:
+    (place.folder / "out").mkdir()
+    for name in names:
+        (place.folder / "out" / name).write_text("{}")
+    with pytest.raises(UserError, match="out holds no model, so --overwrite does not replace it"):
+        merge(read_config(place.values()), place.folder / "out", overwrite=True)
+    assert sorted(path.name for path in (place.folder / "out").iterdir()) == sorted(names)
+
+
+def test_what_is_neither_file_nor_folder_is_left_alone(place: Place) -> None:
+    os.mkfifo(place.folder / "out")
+    for overwrite in (False, True):
+        with pytest.raises(UserError, match="out is a file; name a folder"):
+            merge(read_config(place.values()), place.folder / "out", overwrite=overwrite)
+    assert (place.folder / "out").is_fifo()
 
 
 @pytest.mark.parametrize("target", ["base", "nowhere"])
@@ -306,7 +326,7 @@ def test_an_output_that_holds_an_adapter(place: Place, there: Path) -> None:
     lora = test_adapters.adapter(there / "lora", models)
     values = made.values_of("task_arithmetic", models, [], [])
     values["models"] = [{"model": f"{models}+{lora}", "parameters": {"weight": 1}}]
-    place.refuses(values, ["out is, or holds, the adapter", "lora that is merged"], overwrite=True)
+    place.refuses(values, ["out holds more than a model (lora), so --overwrite"], overwrite=True)
 
 
 def test_a_disk_that_is_too_small(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:

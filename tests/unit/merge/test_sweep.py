@@ -100,14 +100,16 @@ def test_of_equal_scores_the_first_is_kept(models: tuple[Path, list[Path]], tmp_
     assert result["best"] == result["points"][0]["name"]
 
 
-def test_a_failing_score_leaves_nothing(models: tuple[Path, list[Path]], tmp_path: Path) -> None:
+@pytest.mark.parametrize("given", [float("nan"), float("inf"), None, "many"])
+def test_a_score_that_is_no_number_leaves_nothing(
+    given: Any, models: tuple[Path, list[Path]], tmp_path: Path
+) -> None:
     before = sorted(path.name for path in tmp_path.iterdir())
 
-    def score(folder: Path) -> float:
-        return float("nan")
-
-    with pytest.raises(UserError, match=r"score of density-0\.2-weight-0\.2 is NaN"):
-        sweep(read_config(values("ties", models)), tmp_path / "out", score=score)
+    with pytest.raises(
+        UserError, match=rf"score of density-0\.2-weight-0\.2 is {given!r}; a score has to be"
+    ):
+        sweep(read_config(values("ties", models)), tmp_path / "out", score=lambda folder: given)
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
@@ -144,3 +146,40 @@ def test_what_is_refused(
     with pytest.raises(UserError, match=sentence):
         sweep(read_config(asked), tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_sweep_does_not_replace_what_it_reads(models: tuple[Path, list[Path]]) -> None:
+    for place in (models[0], models[1][0]):
+        with pytest.raises(UserError, match="is, or holds, the model"):
+            sweep(read_config(values("ties", models)), place, overwrite=True)
+        assert (place / "model.safetensors").is_file()
+
+
+def test_a_sweep_keeps_the_bases_own_tensors(models: tuple[Path, list[Path]], tmp_path: Path) -> None:
+    base = made.weights(models[0])
+    made.folder(models[0], {**base, "own": torch.ones(4)})
+    asked = read_config(values("task_arithmetic", models, allow_partial=True))
+    sweep(asked, tmp_path / "grid", weights=[0.2])
+    assert made.weights(tmp_path / "grid" / "weight-0.2")["own"].tolist() == [1.0] * 4
+
+
+def test_an_interrupted_sweep_leaves_nothing_behind(
+    models: tuple[Path, list[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*given: Any, **named: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = sorted(path.name for path in tmp_path.iterdir())
+    with monkeypatch.context() as patched:
+        patched.setattr("trimtab.merge.sweep.run_plans", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            sweep(read_config(values("ties", models)), tmp_path / "grid")
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_more_than_a_sweep_is_not_replaced(models: tuple[Path, list[Path]], tmp_path: Path) -> None:
+    asked = read_config(values("ties", models))
+    sweep(asked, tmp_path / "out", densities=[0.5], weights=[1.0])
+    (tmp_path / "out" / "mine").mkdir()
+    with pytest.raises(UserError, match=r"holds more than a sweep \(mine\)"):
+        sweep(asked, tmp_path / "out", densities=[0.5], weights=[1.0], overwrite=True)

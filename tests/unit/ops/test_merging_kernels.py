@@ -288,3 +288,23 @@ def test_without_a_library_it_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(merge_structs, "kernels", lambda: (None, "there is no C compiler"))
     with pytest.raises(RuntimeError, match="no C compiler"):
         merge_structs.library()
+
+
+@pytest.mark.parametrize("count", [62, 63, 64])
+def test_more_models_than_the_kernels_have_room_for_are_refused(count: int) -> None:
+    one, out = torch.ones(20), torch.empty(20)
+    held = [torch.float32] * (count + 2)
+    if count == 62:
+        assert merging.refuses(held) is None
+        merging.merge_range_into(
+            out, one, [2 * one] * 62, [1.0] * 62, [Thinning()] * 62, Operator(), total=20
+        )
+        assert out.tolist() == [63.0] * 20
+        return
+    assert "at most 62 models" in str(merging.refuses(held[:-1]))
+    with pytest.raises(ValueError, match="at most 62 models"):
+        merging.merge_range_into(
+            out, one, [one] * count, [1.0] * count, [Thinning()] * count, Operator(), total=20
+        )
+    with pytest.raises(ValueError, match="at most 62 models"):
+        merging.weighted_sum_into(out, [one] * count, [1.0] * count, normalize=True)

@@ -70,10 +70,14 @@ def refuses(held: Sequence[torch.dtype], dtype: torch.dtype = torch.float32) -> 
     """Why torch has to do this merge; None where the kernels can.
 
     Args:
-        held: dtypes of the output, the anchor and each model.
+        held: dtypes of the anchor and each model; the output's may be among them.
         dtype: of the arithmetic.
     """
-    return reason() or _unknown((*held, dtype))
+    return reason() or _unknown((*held, dtype)) or _too_many(len(held) - 1)
+
+
+def _too_many(models: int) -> str | None:
+    return f"the kernels merge at most {_TERMS} models" if models > _TERMS else None
 
 
 def _unknown(dtypes: Sequence[torch.dtype]) -> str | None:
@@ -82,7 +86,7 @@ def _unknown(dtypes: Sequence[torch.dtype]) -> str | None:
             return f"the kernels have no {str(dtype).removeprefix('torch.')}"
     if torch.float16 in dtypes and not has_half():
         return "the kernels have no fp16 on this processor"
-    return f"the kernels merge at most {_TERMS} models" if len(dtypes) - 3 > _TERMS else None
+    return None
 
 
 def refuses_sum(held: Sequence[torch.dtype]) -> str | None:
@@ -210,6 +214,8 @@ def _run(
     anchor: Tensor | None,
     models: Sequence[Tensor],
 ) -> NonFinite:
+    if why := _too_many(len(terms)):
+        raise ValueError(why)
     plan.terms, plan.count, plan.n = terms, len(terms), out.numel()
     plan.out, plan.out_kind = out.data_ptr(), KINDS[out.dtype]
     if anchor is not None:
