@@ -6,6 +6,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from trimtab.errors import UserError
@@ -19,7 +20,7 @@ _LAST = re.compile(
     r"(?:^|\.)(?:lm_head|embed_out|output|score|classifier|qa_outputs|norm|ln_f|final_layernorm|final_layer_norm)"
     r"(?:\.|$)"
 )
-_HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")
+_HEADS = (".lm_head.weight", ".embed_out.weight", ".output.weight")
 _EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
 
 
@@ -100,12 +101,23 @@ def tied_key(key: str, keys: Iterable[str], config: Mapping[str, Any]) -> str | 
 
 def is_head(key: str) -> bool:
     """Whether a key is that of the weights that turn the last hidden state into logits."""
-    return key.endswith(_HEADS)
+    return f".{key}".endswith(_HEADS) and _NUMBERED.fullmatch(key) is None
 
 
 def is_tied(config: Mapping[str, Any]) -> bool:
-    """Whether a configuration says that the head is the input embedding."""
-    return bool({**_text_config(config), **config}.get("tie_word_embeddings", False))
+    """Whether the head is the input embedding: as a configuration says, else as its class has it."""
+    stated = {**_text_config(config), **config}.get("tie_word_embeddings")
+    return _tied_by_default(config.get("model_type")) if stated is None else bool(stated)
+
+
+@cache
+def _tied_by_default(model_type: object) -> bool:
+    """What the configurations of a family say where they say nothing (Gemma's: that the head is tied)."""
+    from transformers import CONFIG_MAPPING
+
+    if model_type not in CONFIG_MAPPING:
+        return False
+    return bool(getattr(CONFIG_MAPPING[model_type](), "tie_word_embeddings", False))
 
 
 def _counts(config: Mapping[str, Any]) -> set[int]:

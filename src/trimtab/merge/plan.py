@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -119,7 +119,8 @@ class Plan:
     def reading(self) -> int:
         """Bytes of the tensors that are read, each counted once."""
         origins = {origin for output in self.outputs for origin in output.origins()}
-        return sum(_size(self.inputs[one.model], one.key) for one in origins)
+        stored = [frozenset(model.keys()) for model in self.inputs]  # a tied head is its embedding
+        return sum(_size(self.inputs[one.model], one.key) for one in origins if one.key in stored[one.model])
 
     def task(self, output: Output) -> Task:
         """What :mod:`~trimtab.merge.arithmetic` computes for one output tensor."""
@@ -190,6 +191,14 @@ def _models(config: MergeConfig) -> tuple[ModelRef, ...]:
     return tuple(dict.fromkeys([*bases, *named, *giver]))
 
 
+class _Found(NamedTuple):
+    """What one source gives to an output tensor: the name that was asked for, and where it is read."""
+
+    source: Source
+    asked: str
+    origin: Origin
+
+
 class _Planner:
     """The decisions of one plan, in the order in which they are taken."""
 
@@ -211,6 +220,7 @@ class _Planner:
         vocabulary = self._align_vocabularies()
         self.layers = [Layers.of(model.keys(), model.config) for model in self.inputs]
         self.known = [frozenset(model.keys()) for model in self.inputs]
+        self.aligned = vocabulary is not None
         self.used: set[Origin] = set()
         outputs = self._sliced() if self.config.sliced else self._whole(self.config.slices[0])
         if not self.config.sliced:
@@ -314,10 +324,11 @@ class _Planner:
         for place in {self.place[source.model] for source in sources}:
             model, layers = self.inputs[place], self.layers[place]
             for key in model.keys():  # noqa: SIM118 (an input is no dict)
-                tied = is_head(key) and is_tied(model.config)
                 if not key.startswith(start) or (where and layers.position(key).where != where):
                     continue
-                if Origin(place, key) not in self.used and not tied and not key.endswith(_IGNORED):
+                if Origin(place, key) in self.used or key.endswith(_IGNORED):
+                    continue
+                if not (is_head(key) and is_tied(model.config)):
                     self.problems.extra.append(f"{key} in {model.label}")
 
     # -- one tensor
@@ -326,15 +337,15 @@ class _Planner:
         self, key: str, sources: Sequence[tuple[Source, str]], slice_: Slice, position: Position
     ) -> Output | None:
         """Decide one output tensor; None where it cannot be made."""
-        found = [(source, self._origin(source, own)) for source, own in sources]
-        present = [(source, origin) for source, origin in found if origin is not None]
+        found = [(source, asked, self._origin(source, asked)) for source, asked in sources]
+        present = [_Found(source, asked, origin) for source, asked, origin in found if origin is not None]
         base_ref = slice_.base or self.config.base_model
-        base = next((origin for source, origin in present if source.model == base_ref), None)
-        shape = self._shape(base or (present[0][1] if present else None))
+        base = next((one.origin for one in present if one.source.model == base_ref), None)
+        shape = self._shape(base or (present[0].origin if present else None))
         if shape is None or (base is None and (self.preset.anchored or self.preset.operator is None)):
             return None
-        present = [pair for pair in present if self._fits(pair[1], shape)]
-        dtypes = [self.inputs[one.model].dtype(one.key) for _, one in present]
+        present = [one for one in present if self._fits(one.origin, shape)]
+        dtypes = [self.inputs[one.origin.model].dtype(one.origin.key) for one in present]
         promoted = reduce(torch.promote_types, dtypes)
         read, work, out = _dtypes(self.config, self.preset, promoted)
         output = Output(Entry(key, shape, out), (), base, self.preset.operator, work, read)
@@ -348,7 +359,7 @@ class _Planner:
             self.problems.missing.append(f"{key} in {model.label}")
             return None
         self.used.add(Origin(place, own))
-        return Origin(place, own)
+        return Origin(place, key if self.aligned else own)  # rows are filled in by what they stand for
 
     def _shape(self, origin: Origin | None) -> tuple[int, ...] | None:
         return None if origin is None else self.inputs[origin.model].shape(origin.key)
@@ -363,7 +374,7 @@ class _Planner:
         return own == shape
 
     def _combined(
-        self, output: Output, present: Sequence[tuple[Source, Origin]], slice_: Slice, position: Position
+        self, output: Output, present: Sequence[_Found], slice_: Slice, position: Position
     ) -> Output:
         """Fill in what is combined, and how."""
         key = output.entry.key
@@ -371,28 +382,30 @@ class _Planner:
         def shared(name: str) -> Any:
             return value_of(self.config, slice_, None, self.parameters[name], key, position)
 
-        def own(name: str, source: Source, origin: Origin) -> float:
+        def own(name: str, one: _Found) -> float:
             if name not in self.parameters:
                 return 1.0
-            return float(value_of(self.config, slice_, source, self.parameters[name], origin.key, position))
+            return float(
+                value_of(self.config, slice_, one.source, self.parameters[name], one.asked, position)
+            )
 
-        others = [(source, origin) for source, origin in present if origin != output.base]
+        others = [one for one in present if one.origin != output.base]
         if output.copied:
-            return replace(output, parts=tuple(Part(origin) for _, origin in others))
+            return replace(output, parts=tuple(Part(one.origin) for one in others))
         if not others and (self.preset.anchored or "weight" not in self.parameters):
             assert output.base is not None  # no other model has it, as allow_partial allows: it stays
             return replace(output, parts=(Part(output.base),), base=None, operator=Operator())
         if self.preset.operator is None:  # slerp: from the base to the other
             assert output.base is not None
-            parts = tuple(Part(origin) for origin in (output.base, *(origin for _, origin in others)))
+            parts = tuple(Part(origin) for origin in (output.base, *(one.origin for one in others)))
             return replace(output, parts=parts, base=None, position=float(shared("t")))
         if "ratio" in self.parameters:  # hma: 1 − r of the base, r of the other
             assert output.base is not None
             ratio = float(shared("ratio"))
-            parts = (Part(output.base, 1 - ratio), *(Part(origin, ratio) for _, origin in others))
+            parts = (Part(output.base, 1 - ratio), *(Part(one.origin, ratio) for one in others))
             return replace(output, parts=parts, base=None)
         terms = others if self.preset.anchored else present
-        parts = tuple(Part(o, own("weight", s, o), own("density", s, o)) for s, o in terms)
+        parts = tuple(Part(one.origin, own("weight", one), own("density", one)) for one in terms)
         operator = replace(self.preset.operator, normalize=bool(shared("normalize")))
         if "rescale" in self.parameters:
             operator = replace(operator, rescale=self.preset.rescaled if shared("rescale") else "none")

@@ -29,7 +29,7 @@ from trimtab.delta.problems import first_few
 from trimtab.errors import UserError
 from trimtab.merge.architecture import Architecture, Keys, resized
 from trimtab.merge.inputs import Input
-from trimtab.merge.layers import tied_key
+from trimtab.merge.layers import is_head, tied_key
 from trimtab.merge.tokens import (
     add_all,
     cut,
@@ -100,6 +100,9 @@ class Vocabulary:
 class Aligned:
     """An input whose embeddings are in the order of a vocabulary.
 
+    A head that the model ties to its embedding and another input stores can be read by the head's key: its
+    rows are the embedding's, and for tokens that the model lacks those of the other inputs' heads.
+
     Args:
         inputs: all inputs of the merge, in the order of ``vocabulary.rows``.
         index: which of them this one is.
@@ -125,7 +128,8 @@ class Aligned:
         self.config: Mapping[str, Any] = resized(self._model.config, vocabulary.size)
         numbers = sorted({index, *(range(len(inputs)) if members is None else members)})
         counted = {number: inputs[number] for number in numbers}
-        self._members = {key: _stored(key, counted) for key in keys & set(self._model.keys())}
+        aligned = (keys & set(self._model.keys())) | _tied_heads(self._model, inputs)
+        self._members = {key: _stored(key, counted) for key in aligned}
         self._donors: dict[tuple[int, ...], Tensor] = {}
         for key, stored in self._members.items():
             _check_lengths(key, [(inputs[member], own) for member, own in stored.items()])
@@ -136,12 +140,12 @@ class Aligned:
 
     def shape(self, key: str) -> tuple[int, ...]:
         """Shape of one tensor in the output."""
-        shape = self._model.shape(key)
+        shape = self._model.shape(self._own(key))
         return (self._vocabulary.size, *shape[1:]) if key in self._members else shape
 
     def dtype(self, key: str) -> torch.dtype:
         """Dtype of one tensor; an aligned one has that to which all inputs' promote: it takes their rows."""
-        dtype = self._model.dtype(key)
+        dtype = self._model.dtype(self._own(key))
         for member, own in self._members.get(key, {}).items():
             dtype = torch.promote_types(dtype, self._inputs[member].dtype(own))
         return dtype
@@ -152,16 +156,17 @@ class Aligned:
             return self._model.read(key, low, high)
         if low >= high:
             return torch.empty(0, dtype=self.dtype(key))
-        columns = math.prod(self._model.shape(key)[1:])
+        stored = self._own(key)
+        columns = math.prod(self._model.shape(stored)[1:])
         first, last = low // columns, -(-high // columns)
         own = self._vocabulary.rows[self._index][first:last]
         dtype = self.dtype(key)
         start = int(own[0])
         if start >= 0 and torch.equal(own, torch.arange(start, start + last - first)):
             moved = (start - first) * columns
-            return self._model.read(key, low + moved, high + moved).to(dtype)
+            return self._model.read(stored, low + moved, high + moved).to(dtype)
         made = torch.zeros(last - first, columns, dtype=dtype)
-        _copy_rows(self._model, key, own, torch.arange(last - first), made)
+        _copy_rows(self._model, stored, own, torch.arange(last - first), made)
         self._give(key, first, own, made)
         return made.view(-1)[low - first * columns : high - first * columns]
 
@@ -173,6 +178,10 @@ class Aligned:
     def fingerprint(self) -> str:
         """The model's fingerprint."""
         return self._model.fingerprint()
+
+    def _own(self, key: str) -> str:
+        """The key under which the model stores a tensor."""
+        return self._members[key][self._index] if key in self._members else key
 
     def _give(self, key: str, first: int, own: Tensor, made: Tensor) -> None:
         """Fill in the rows of tokens that this model lacks."""
@@ -275,6 +284,13 @@ def check_vocabularies(inputs: Sequence[Input]) -> None:
     having = [(folder, model) for folder, model in folders.items() if has_tokenizer(folder)]
     for folder, model in having[1:]:
         _check_same(having[0], (folder, model))
+
+
+def _tied_heads(model: Input, inputs: Sequence[Input]) -> set[str]:
+    """The keys of heads that some input stores, and that a model has in the embedding it is tied to."""
+    keys = set(model.keys())
+    heads = {key for one in inputs for key in one.keys() if is_head(key)} - keys  # noqa: SIM118 (no dict)
+    return {key for key in heads if tied_key(key, model.keys(), model.config) is not None}
 
 
 def _stored(key: str, models: Mapping[int, Input]) -> dict[int, str]:
