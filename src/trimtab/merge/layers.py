@@ -5,14 +5,34 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trimtab.errors import UserError
-from trimtab.merge.settings import AFTER_LAYERS, BEFORE_LAYERS, Position, layer_position
+from trimtab.merge.settings import (
+    AFTER_LAYERS,
+    BEFORE_LAYERS,
+    Condition,
+    Position,
+    Setting,
+    layer_position,
+)
+from trimtab.yaml_file import Key, dotted
 
-COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_decoder_layers", "encoder_layers")
+if TYPE_CHECKING:
+    from trimtab.merge.config import MergeConfig
+    from trimtab.merge.inputs import Input
+
+COUNTS = (
+    "num_hidden_layers",
+    "n_layer",
+    "n_layers",
+    "num_layers",
+    "num_decoder_layers",
+    "encoder_layers",
+    "decoder_layers",
+)
 """Names under which configurations say how many layers there are."""
 
 _NUMBERED = re.compile(r"(?P<prefix>(?:.*?\.)?)(?P<index>\d+)\.(?P<rest>.+)")
@@ -30,6 +50,7 @@ class Layers:
 
     Args:
         counts: prefix of a stack of layers (``model.layers.``) -> how many there are.
+        surplus: prefix -> how many more are stored behind them, which predict further tokens (MTP).
 
     Examples:
         >>> layers = Layers({"model.layers.": 2})
@@ -40,28 +61,37 @@ class Layers:
     """
 
     counts: Mapping[str, int]
+    surplus: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
     def of(cls, keys: Iterable[str], config: Mapping[str, Any]) -> Layers:
-        """Find the stacks of layers: keys that are numbered from 0 to what the configuration says."""
+        """Find the stacks of layers: keys that are numbered from 0 to what the configuration says.
+
+        More may be stored than it says, where it says how many (``num_nextn_predict_layers``), or where the
+        stack is the only one.
+        """
         found: dict[str, set[int]] = defaultdict(set)
         for key in keys:
             match = _NUMBERED.fullmatch(key)
             if match:
                 found[match["prefix"]].add(int(match["index"]))
-        known = _counts(config)
+        stacks = {prefix: len(own) for prefix, own in found.items() if own == set(range(len(own)))}
+        known, further = _counts(config), _further(config)
+        counts = {prefix: count for prefix, count in stacks.items() if count in known}
+        if not counts and further:
+            counts = {prefix: count - further for prefix, count in stacks.items() if count - further in known}
+        if not counts and len(found) == len(stacks) == len(known) == 1:
+            (prefix, stored), (stated,) = *stacks.items(), known
+            counts = {prefix: stated} if stored > stated > 0 else {}
         return cls(
-            {
-                prefix: len(indices)
-                for prefix, indices in found.items()
-                if len(indices) in known and indices == set(range(len(indices)))
-            }
+            counts,
+            {prefix: stacks[prefix] - count for prefix, count in counts.items() if stacks[prefix] > count},
         )
 
     def split(self, key: str) -> tuple[str, int, str] | None:
-        """Prefix, layer and the rest of a key; None for what is in no layer."""
+        """Prefix, layer and the rest of a key; None for what is in no layer, or behind the last one."""
         match = _NUMBERED.fullmatch(key)
-        if match is None or match["prefix"] not in self.counts:
+        if match is None or int(match["index"]) >= self.counts.get(match["prefix"], 0):
             return None
         return match["prefix"], int(match["index"]), match["rest"]
 
@@ -70,7 +100,9 @@ class Layers:
         split = self.split(key)
         if split is not None:
             return layer_position(split[1], self.counts[split[0]])
-        return AFTER_LAYERS if _LAST.search(key) else BEFORE_LAYERS
+        match = _NUMBERED.fullmatch(key)
+        behind = match is not None and match["prefix"] in self.surplus
+        return AFTER_LAYERS if behind or _LAST.search(key) else BEFORE_LAYERS
 
     def only(self, label: str) -> tuple[str, int]:
         """Prefix and count of the one stack that a model has.
@@ -84,7 +116,49 @@ class Layers:
                 f"slices need a model with one stack of layers; {label} has {len(self.counts)} ({found}), so "
                 "use models instead of slices"
             )
+        for prefix, further in self.surplus.items():
+            raise UserError(
+                f"slices need a model whose layers are all of one kind; {label} stores {further} more than "
+                f"the {self.counts[prefix]} that its config.json states ({prefix}{self.counts[prefix]}), so "
+                "use models instead of slices"
+            )
         return next(iter(self.counts.items()))
+
+
+def check_lists(config: MergeConfig, layers: Layers, model: Input) -> None:
+    """Refuse values listed over the layers of a model in which no layers are found.
+
+    Args:
+        config: of a merge of whole models.
+        layers: those found in the model whose tensors the output has.
+        model: that model.
+
+    Raises:
+        UserError: names the first such list.
+    """
+    if layers.counts:
+        return
+    places: list[tuple[Key, Mapping[str, Setting]]] = [(("parameters",), config.parameters)]
+    for source, one in enumerate(config.slices[0].sources):
+        places.append((("models", source, "parameters"), one.parameters))
+    for key, parameters in places:
+        for name, setting in parameters.items():
+            if (values := _listed(setting)) > 1:
+                stated = ", ".join(map(str, sorted(_counts(model.config)))) or "none"
+                raise UserError(
+                    f"{dotted((*key, name))} lists {values} values over the layers, but none are found in "
+                    f"{model.label}: its config.json states {stated}, and no tensors are numbered from 0 up "
+                    "to that; give one value, or correct the model's config.json"
+                )
+
+
+def _listed(setting: Setting) -> int:
+    """How many values a setting lists over the layers, at most."""
+    if not isinstance(setting, tuple):
+        return 1
+    if any(isinstance(item, Condition) for item in setting):
+        return max(_listed(item.value) for item in setting if isinstance(item, Condition))
+    return len(setting)
 
 
 def tied_key(key: str, keys: Iterable[str], config: Mapping[str, Any]) -> str | None:
@@ -123,6 +197,12 @@ def _tied_by_default(model_type: object) -> bool:
 def _counts(config: Mapping[str, Any]) -> set[int]:
     values = [where.get(name) for where in (config, _text_config(config)) for name in COUNTS]
     return {value for value in values if isinstance(value, int)}
+
+
+def _further(config: Mapping[str, Any]) -> int:
+    """How many layers for further tokens (MTP) a configuration says are stored behind the others."""
+    stated = {**_text_config(config), **config}.get("num_nextn_predict_layers")
+    return stated if isinstance(stated, int) else 0
 
 
 def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -16,7 +16,7 @@ from trimtab.errors import UserError
 from trimtab.merge.arithmetic import Read, Task, Term
 from trimtab.merge.config import MergeConfig, ModelRef, Slice, Source
 from trimtab.merge.inputs import FolderInput, Input
-from trimtab.merge.layers import Layers, is_head, is_tied, tied_key
+from trimtab.merge.layers import Layers, check_lists, is_head, is_tied, tied_key
 from trimtab.merge.methods import Parameter, parameters_of
 from trimtab.merge.settings import Position, layer_position, value_of
 from trimtab.merge.writer import Entry
@@ -224,6 +224,7 @@ class _Planner:
         self.used: set[Origin] = set()
         outputs = self._sliced() if self.config.sliced else self._whole(self.config.slices[0])
         if not self.config.sliced:
+            check_lists(self.config, self.layers[self.donor], self.inputs[self.donor])
             self._find_extra(self.config.slices[0].sources)
         if self.problems and not self.config.allow_partial:
             self.problems.refuse(
