@@ -12,7 +12,7 @@ from typing import Any
 from trimtab.delta.checkpoint import read_json
 from trimtab.errors import UserError
 from trimtab.files import take_place, write_json, write_text
-from trimtab.merge.layers import COUNTS
+from trimtab.merge.layers import COUNTS, Layers
 from trimtab.merge.plan import Plan
 from trimtab.merge.tokens import tokenizer_folder
 from trimtab.merge.writer import Shard, is_whole
@@ -251,11 +251,22 @@ def _config(plan: Plan) -> dict[str, Any]:
 
 
 def _with_layers(config: dict[str, Any], plan: Plan) -> dict[str, Any]:
-    """The configuration of a model with as many layers as the slices have together."""
-    before = next((name for name in COUNTS if isinstance(config.get(name), int)), "num_hidden_layers")
-    count = config.get(before)
-    config[before] = plan.layers
+    """The configuration of a model with as many layers as the slices have together.
+
+    It is changed where the count stands: at the top, or in ``text_config``, or in both.
+    """
+    donor = plan.inputs[plan.donor]
+    _, count = Layers.of(donor.keys(), donor.config).only(donor.label)
+    changed: dict[str, Any] = {name: plan.layers for name in COUNTS if config.get(name) == count}
     for name, value in config.items():
-        if isinstance(value, list) and len(value) == count and name.startswith("layer"):
-            config[name] = [item for span in plan.spans for item in value[slice(*span)]]
-    return config
+        if isinstance(value, list) and len(value) == count and _is_by_layer(name):
+            changed[name] = [item for span in plan.spans for item in value[slice(*span)]]
+    inner = config.get("text_config")
+    if isinstance(inner, dict):
+        changed["text_config"] = _with_layers(inner, plan)
+    return {**config, **changed}
+
+
+def _is_by_layer(name: str) -> bool:
+    """Whether a list of a configuration has an entry per layer, if it has as many as there are layers."""
+    return name.startswith("layer") or name.endswith("layer_types") or name == "no_rope_layers"

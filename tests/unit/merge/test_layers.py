@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import pytest
 from tests.unit.merge import made
 from tests.unit.merge.test_plan import LAYERS, Place, outputs, plan_of, sliced
 from trimtab.errors import UserError
+from trimtab.merge import merge
+from trimtab.merge.config import read_config
 from trimtab.merge.layers import Layers
 
 
@@ -104,3 +107,32 @@ def test_one_value_needs_no_layers(place: Place) -> None:
     one, base = (place.model(name, num_hidden_layers=LAYERS + 1) for name in ("one", "base"))
     for ratio in (0.5, [0.5]):
         assert plan_of(made.values_of("hma", base, [one], parameters={"ratio": ratio})).outputs
+
+
+SHAPES_OF_THREE = {"model.embed_tokens.weight": (2, 2), **{f"model.layers.{i}.w": (2,) for i in range(3)}}
+
+
+@pytest.mark.parametrize("top", [{}, {"num_hidden_layers": 3}, {"num_hidden_layers": 7}])
+def test_slices_change_the_count_where_it_stands(tmp_path: Path, top: dict[str, Any]) -> None:
+    """And the lists with an entry per layer beside it; the tower's own count stays."""
+    text = {"num_hidden_layers": 3, "layer_types": ["a", "b", "c"], "no_rope_layers": [1, 1, 0], "eos": [1]}
+    vision = {"num_hidden_layers": 3, "layer_types": ["x", "y", "z"]}
+    one = made.folder(
+        tmp_path / "one",
+        made.random_tensors(SHAPES_OF_THREE, 1),
+        **top,
+        text_config=text,
+        vision_config=vision,
+    )
+    values = sliced([(one, (0, 2), {"weight": 1})], [(one, (0, 3), {"weight": 1})])
+    out = merge(read_config(values), tmp_path / "out")
+    config = json.loads((out / "config.json").read_text())
+    assert config["text_config"] == {
+        "num_hidden_layers": 5,
+        "layer_types": ["a", "b", "a", "b", "c"],
+        "no_rope_layers": [1, 1, 1, 1, 0],
+        "eos": [1],
+    }
+    assert config["vision_config"] == vision
+    stated = top.get("num_hidden_layers")
+    assert config.get("num_hidden_layers") == (5 if stated == 3 else stated)
