@@ -20,6 +20,9 @@ from trimtab.errors import UserError
 Key = tuple[str | int, ...]
 """A place in a file: ``("data", "train", 0, "path")`` is ``data.train.0.path``."""
 
+_MOST_COPIES = 100_000
+"""Values that the aliases of a file may stand for, together."""
+
 Written = dict[Key, str]
 """Where each key was written, in words."""
 
@@ -59,12 +62,14 @@ def read_yaml_file(path: str | os.PathLike[str], what: str, keys: str) -> YamlFi
         keys: some keys that it has, for the sentences: ``"method, model and data"``.
 
     Raises:
-        UserError: if there is no such file, or it is not UTF-8, not YAML, empty, or not a mapping.
+        UserError: if there is no such file, or it is not UTF-8, not YAML, empty, or not a mapping, or its
+            aliases stand for too much.
     """
     text = _read_text(Path(path), what)
     try:
         loader = yaml.SafeLoader(text)
         node = loader.get_single_node()
+        _check_aliases(node, path)
         values = loader.construct_document(node) if node is not None else None
         places: Written = {}
         twice = list(_walk(node, (), places)) if node is not None else []
@@ -100,6 +105,31 @@ def say_yaml_error(error: yaml.YAMLError) -> str:
         place = f"line {error.problem_mark.line + 1}, column {error.problem_mark.column + 1}"
         return f"{error.problem or error.context} at {place}"
     return " ".join(str(error).split())
+
+
+def _check_aliases(node: yaml.Node | None, path: str | os.PathLike[str]) -> None:
+    """Refuse a short file that stands for a very long one, by aliases of aliases.
+
+    Raises:
+        UserError: so it is.
+        RecursionError: an alias holds itself.
+    """
+    sizes: dict[int, int | None] = {}
+
+    def size(one: yaml.Node) -> int:
+        if id(one) in sizes:
+            known = sizes[id(one)]
+            if known is None:
+                raise RecursionError
+            return known
+        sizes[id(one)] = None
+        parts = one.value if isinstance(one, yaml.CollectionNode) else []
+        total = 1 + sum(sum(map(size, part)) if isinstance(part, tuple) else size(part) for part in parts)
+        sizes[id(one)] = total
+        return total
+
+    if node is not None and size(node) > len(sizes) + _MOST_COPIES:
+        raise UserError(f"{path} has aliases that stand for more than {_MOST_COPIES} values; write them out")
 
 
 def _walk(node: yaml.Node, key: Key, places: Written) -> Iterator[Problem]:
@@ -268,4 +298,6 @@ def text_in(value: Any) -> str:
         raise WrongValue("must be text", value)
     if "\0" in value:  # no path can hold one, and no name does
         raise WrongValue("must be text without null characters", value)
+    if any("\ud800" <= character <= "\udfff" for character in value):  # no file can hold one
+        raise WrongValue("must be text without halves of surrogate pairs", value)
     return value

@@ -190,7 +190,8 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object.
 
     Raises:
-        UserError: the file is missing, is not JSON, or holds something else than an object.
+        UserError: the file is missing, is not JSON or nested too deeply, or holds something else than an
+            object.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -198,6 +199,8 @@ def read_json(path: Path) -> dict[str, Any]:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON: {error}") from error
+    except RecursionError:
+        raise UserError(f"{path} is not JSON that can be read: it is nested too deeply") from None
     if not isinstance(value, dict):
         raise UserError(f"{path} holds a {type(value).__name__}; a JSON object was expected")
     return value

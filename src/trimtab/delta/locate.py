@@ -52,7 +52,12 @@ def locate(
     """
     if "\0" in str(source):
         raise UserError(f"{str(source)!r} holds a null character, so it is neither a folder nor a hub id")
-    folder = Path(source).expanduser()
+    try:
+        folder = Path(source).expanduser()
+    except RuntimeError:
+        raise UserError(
+            f"{str(source)!r} begins with a home folder that is not known here; give the whole path"
+        ) from None
     if folder.is_dir():
         if revision is not None:
             raise UserError(

@@ -36,6 +36,15 @@ class TestFolders:
     def test_no_such_folder(self, folders: tuple[Path, Path], tmp_path: Path) -> None:
         refused(tmp_path / "nothing", folders[1], r"no folder '.*nothing', and it cannot be a hub id")
 
+    def test_a_home_that_is_not_known(self, folders: tuple[Path, Path]) -> None:
+        refused(
+            "~nouser/x", folders[1], r"'~nouser/x' begins with a home folder that is not known here; give"
+        )
+
+    def test_a_configuration_nested_too_deeply(self, folders: tuple[Path, Path]) -> None:
+        (folders[0] / "config.json").write_text('{"a": ' + "[" * 200_000 + "]" * 200_000 + "}")
+        refused(*folders, r"config.json is not JSON that can be read: it is nested too deeply")
+
     def test_a_file(self, folders: tuple[Path, Path]) -> None:
         refused(folders[0] / "model.safetensors", folders[1], "is a file; give the folder")
 
