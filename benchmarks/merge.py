@@ -4,8 +4,8 @@
     python benchmarks/merge.py --peer /tmp/peer/bin/python
 
 Three random Llama-shaped models (a base and two that differ from it) are written once. Each method then runs
-in turn, both sides in one run: as whole processes (``trimtab merge`` against ``mergekit-yaml``) and without
-their imports (a worker that has imported everything). Files are in the page cache: ``cat`` of the inputs and
+in turn, both sides in one run: as whole processes, and without their imports (ours: ``trimtab merge``, and a
+worker that has imported everything; mergekit's: such a worker, which is timed as a whole, too). Files are in the page cache: ``cat`` of the inputs and
 ``cp`` of an output say what moving the bytes costs. Both sides get the same configuration; ours runs with
 ``fidelity: mergekit``, that is, it computes the same numbers, and ``ties`` also as the paper has it.
 """
@@ -218,7 +218,7 @@ class Bench:
         ours, theirs = self._folder / "ours.yaml", self._folder / "theirs.yaml"
         ours.write_text(yaml.safe_dump(values))
         theirs.write_text(yaml.safe_dump({k: v for k, v in values.items() if k != "fidelity"}))
-        runs: dict[str, list[Run]] = {"ours": [], "ours inner": [], "theirs": [], "theirs inner": []}
+        runs: dict[str, list[Run]] = {"ours": [], "ours inner": [], "theirs": []}
         moving = []
         for _ in range(repeats):
             trimtab = [sys.executable, "-m", "trimtab", "merge", str(ours)]
@@ -226,9 +226,7 @@ class Bench:
             moving.append(self._copy())
             runs["ours inner"].append(self._run([sys.executable, "-c", OURS, str(ours)], inner=True))
             if self._peer and "paper" not in method:
-                peer = [self._peer, "-m", "mergekit.scripts.run_yaml", str(theirs)]
-                runs["theirs"].append(self._run(peer, after=["--no-copy-tokenizer"]))
-                runs["theirs inner"].append(self._run([self._peer, "-c", THEIRS, str(theirs)], inner=True))
+                runs["theirs"].append(self._run([self._peer, "-c", THEIRS, str(theirs)], inner=True))
         return {
             "method": method,
             "runs": {name: [asdict(run) for run in some] for name, some in runs.items()},
@@ -255,12 +253,12 @@ class Bench:
         }
         return {"runs": {name: [asdict(run) for run in some] for name, some in runs.items()}, "line": line}
 
-    def _run(self, command: Sequence[str], *, inner: bool = False, after: Sequence[str] = ()) -> Run:
+    def _run(self, command: Sequence[str], *, inner: bool = False) -> Run:
         out = self._folder / "out"
         shutil.rmtree(self._folder / "kept", ignore_errors=True)
         if out.exists():
             out.rename(self._folder / "kept")
-        return measured([*command, str(out), *after], inner=inner)
+        return measured([*command, str(out)], inner=inner)
 
     def _copy(self) -> tuple[float, float]:
         """Seconds and processor seconds of reading the inputs and copying the output."""
@@ -299,11 +297,11 @@ def summary(cell: dict[str, Any]) -> dict[str, str]:
         pairs = list(zip(runs["theirs"], runs["ours"], strict=True))
         line |= {
             "mergekit whole, s": f"{middle('theirs', 'wall'):.2f}",
-            "mergekit work, s": f"{statistics.median(inner('theirs inner', 0)):.2f}",
+            "mergekit work, s": f"{statistics.median(inner('theirs', 0)):.2f}",
             "whole, ×": _spread([theirs["wall"] / ours["wall"] for theirs, ours in pairs]),
-            "work, ×": _ratios(inner("theirs inner", 0), inner("ours inner", 0)),
-            "work, CPU ×": _ratios(inner("theirs inner", 1), inner("ours inner", 1)),
-            "mergekit's memory, MB": f"{grown('theirs inner'):.0f}",
+            "work, ×": _ratios(inner("theirs", 0), inner("ours inner", 0)),
+            "work, CPU ×": _ratios(inner("theirs", 1), inner("ours inner", 1)),
+            "mergekit's memory, MB": f"{grown('theirs'):.0f}",
         }
     return line
 
