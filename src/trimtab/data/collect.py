@@ -56,14 +56,15 @@ class Collector:
     give each row the keys of all.
 
     Args:
-        columns: of every row, ``label`` a boolean; ``tools`` is added when a row has it.
+        columns: of every row; :func:`_kinds` says which hold neither text nor messages;
+            ``tools`` is added when a row has it.
         conversational: whether they hold messages rather than text.
         memory: bytes kept in memory; see :data:`MEMORY`.
     """
 
     def __init__(self, columns: tuple[str, ...], conversational: bool, memory: int = MEMORY) -> None:
         self._columns = columns
-        self._spoken = tuple(column for column in columns if column != "label")
+        self._spoken = tuple(column for column in columns if column not in _kinds())
         self._conversational = conversational
         self._memory = memory
         self._rows: list[Row] = []
@@ -111,7 +112,7 @@ class Collector:
         message = {"role": text, "content": text} if plain else Json()
         kind = List(message) if self._conversational else text
         tools = {"tools": text} if self._tools else {}
-        kinds = {column: kind if column in self._spoken else Value("bool") for column in self._columns}
+        kinds = {column: _kinds().get(column, kind) for column in self._columns}
         return Features({**kinds, **tools})
 
     def _flush(self) -> None:
@@ -145,6 +146,19 @@ class Collector:
         from datasets import Dataset
 
         return self._stored(self._table(list(Dataset(table)), plain), plain)
+
+
+def _kinds() -> dict[str, Any]:
+    """The columns that hold neither text nor messages, and what they hold."""
+    from datasets import List, Value
+
+    ids = List(Value("int64"))
+    return {
+        "label": Value("bool"),
+        "prompt_ids": ids,
+        "response_ids": List(ids),
+        "scores": List(Value("float64")),
+    }
 
 
 def _written(table: pyarrow.Table) -> Path:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from trimtab.data import instructions, labelled, pairs
@@ -16,7 +16,14 @@ Row = dict[str, Any]
 FORMATS = ("auto", "trl", "chat", "alpaca", "sharegpt", "hh", "ranked")
 """What ``data.format`` may be. ``chat`` is TRL's columns holding text, to be read as messages."""
 
-NEEDS = {"dpo": "pairs", "ipo": "pairs", "kto": "answers", "reward": "pairs", "sft": "instructions"}
+NEEDS = {
+    "dpo": "pairs",
+    "ipo": "pairs",
+    "kto": "answers",
+    "reward": "pairs",
+    "rrhf": "ranked",
+    "sft": "instructions",
+}
 """What each training method is trained on."""
 
 
@@ -26,7 +33,7 @@ class Layout:
 
     Attributes:
         format: the name in :data:`FORMATS`.
-        gives: ``pairs``, ``answers`` (labelled ones) or ``instructions``.
+        gives: ``pairs``, ``answers`` (labelled ones), ``ranked`` (responses) or ``instructions``.
         needs: columns that must be there; several names, one of which must, are parted by ``|``.
         takes: columns that are read where they are there.
         convert: makes a row in TRL's columns, or raises ``Dropped`` or ``BadRow``.
@@ -98,6 +105,13 @@ _PAIRS = (
         pairs.ranked_pair,
     ),
 )
+_RANKED = Layout(
+    "ranked",
+    "ranked",
+    ("prompt|query|instruction", "responses"),
+    ("scores", "input", "system"),
+    pairs.ranked_responses,
+)
 _TAG = "label|kto_tag"
 _LABELLED = (
     Layout("trl", "answers", ("prompt", "completion", _TAG), ("tools",), labelled.trl_labelled),
@@ -147,10 +161,15 @@ def _chosen_only(layout: Layout) -> Layout:
     )
 
 
+def _both_ranked(layout: Layout) -> Layout:
+    """The layout of a pair, read as two ranked responses."""
+    return replace(layout, gives="ranked", convert=lambda row: pairs.pair_as_ranked(layout.convert(row)))
+
+
 def layouts(method: str) -> tuple[Layout, ...]:
     """Return the layouts that a method can be trained on, in the order they are tried.
 
-    Supervised fine-tuning takes pairs too, for the answers that were chosen, and KTO for both of them.
+    Supervised fine-tuning takes pairs too, for the answers that were chosen, KTO and RRHF for both of them.
 
     Raises:
         UserError: if there is no such method.
@@ -161,6 +180,8 @@ def layouts(method: str) -> tuple[Layout, ...]:
         return _PAIRS
     if NEEDS[method] == "answers":
         return (*_LABELLED, *_PAIRS)
+    if NEEDS[method] == "ranked":
+        return (_RANKED, *(_both_ranked(layout) for layout in _PAIRS if layout.format != "ranked"))
     chosen = tuple(_chosen_only(layout) for layout in _PAIRS if layout.format != "ranked")
     return (*_INSTRUCTIONS, *chosen, *_LAST_INSTRUCTIONS)
 

@@ -16,6 +16,8 @@ from trimtab.data.measure import Ruler
 from trimtab.data.mixture import mix, mix_streams, rows_of, shuffled
 from trimtab.data.origin import open_source
 from trimtab.data.pipeline import Form, Inspected, Pipeline, inspect
+from trimtab.data.ranked import COLUMNS as RANKED_COLUMNS
+from trimtab.data.ranked import Encode, RankedPipeline
 from trimtab.data.report import DataReport, SourceReport
 from trimtab.errors import UserError
 
@@ -65,7 +67,14 @@ class PreparedData:
 
 
 def load_data(
-    spec: DataSpec, *, method: str, part: str, tokenizer: Any, seed: int = 0, progress: bool = False
+    spec: DataSpec,
+    *,
+    method: str,
+    part: str,
+    tokenizer: Any,
+    seed: int = 0,
+    progress: bool = False,
+    encode: Encode | None = None,
 ) -> PreparedData:
     """Read one part of a recipe's data for a training method.
 
@@ -76,11 +85,13 @@ def load_data(
     Args:
         spec: the recipe's data section.
         method: ``dpo``, ``ipo`` or ``reward`` (columns prompt, chosen, rejected), ``kto`` (prompt,
-            completion, label), or ``sft`` (messages, or prompt and completion, or text).
+            completion, label), ``rrhf`` (prompt, prompt_ids, response_ids, scores),
+            or ``sft`` (messages, or prompt and completion, or text).
         part: ``train`` or ``eval``.
         tokenizer: the one the trainer gets, with its chat template.
         seed: which rows a fractional weight takes, and how sources are interleaved.
         progress: show a progress bar while reading.
+        encode: for ``rrhf``, which needs it: what makes tokens of a prompt and responses to it.
 
     Returns:
         The dataset and the report on it.
@@ -93,6 +104,9 @@ def load_data(
     labels = NEEDS.get(method) == "answers"
     if labels and spec.streaming:
         raise UserError(f"method {method} needs its rows in a random order, which a stream does not have")
+    ranked = NEEDS.get(method) == "ranked"
+    if ranked and spec.streaming:
+        raise UserError(f"method {method} reads its rows at once; leave data.streaming out")
     sources = _sources(spec, part)
     inspected = [
         inspect(open_source(source, part, streaming=spec.streaming), method, spec.format)
@@ -100,6 +114,7 @@ def load_data(
     ]
     form = common_form(inspected)
     form = Form(COLUMNS, form.conversational) if labels else form
+    form = Form(RANKED_COLUMNS, form.conversational) if ranked else form
     ruler = Ruler(tokenizer, spec.max_length)
     _require(ruler, inspected, form)
     report = DataReport(
@@ -112,10 +127,15 @@ def load_data(
         streaming=spec.streaming,
         sources=[_source_report(*pair, form, method) for pair in zip(sources, inspected, strict=True)],
     )
-    pipelines = [
-        Pipeline(source, (source.form or form) if labels else form, ruler, spec.overlong)
-        for source in inspected
-    ]
+    pipelines: list[Pipeline]
+    if ranked:
+        assert encode is not None, "rrhf's rows are tokens"
+        pipelines = [RankedPipeline(source, form, ruler, encode) for source in inspected]
+    else:
+        pipelines = [
+            Pipeline(source, (source.form or form) if labels else form, ruler, spec.overlong)
+            for source in inspected
+        ]
     weights = [float(source.weight) for source in sources]
     if spec.streaming:
         return PreparedData(_stream(pipelines, weights, report, seed), report)
@@ -188,6 +208,10 @@ def _source_report(source: Source, inspected: Inspected, form: Form, method: str
     if NEEDS[method] == "answers":
         if "rejected" in reads:
             report.note("each pair is learned as two answers, the chosen one desirable, the other not")
+        return report
+    if NEEDS[method] == "ranked":
+        if "rejected" in reads:
+            report.note("each pair is learned as two responses, with the scores 1 and 0")
         return report
     if inspected.form not in (None, form):
         report.note(
@@ -281,7 +305,10 @@ def _nothing_left(report: DataReport) -> UserError:
     reasons = ", ".join(f"{count} dropped ({report.say(reason)})" for reason, count in report.dropped.items())
     names = ", ".join(source.path for source in report.sources)
     middle = report.sources[0].lengths.percentile(50)
-    hint = f"; half of the rows need {middle} tokens or more" if "overlong" in report.dropped else ""
+    too_long = "overlong" in report.dropped or any(
+        source.responses is not None and source.responses.dropped["overlong"] for source in report.sources
+    )
+    hint = f"; half of the rows need {middle} tokens or more" if too_long else ""
     return UserError(
         f"no row of data.{report.part} is left to use: {report.read} read from {names}, {reasons}{hint}"
     )

@@ -15,6 +15,7 @@ REASONS = {
     "prompts_differ": "chosen and rejected differ before the last answer",
     "tie": "all scores are equal",
     "single_response": "fewer than two responses",
+    "few_left": "fewer than two responses left of those that fit and are not empty",
     "labelled_bad": "labelled as undesirable",
     "malformed": "not a Human / Assistant transcript",
     "broken_unicode": "not valid Unicode (a lone surrogate)",

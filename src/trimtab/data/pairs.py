@@ -230,23 +230,56 @@ def ranked_pair(row: Row) -> Row:
         Dropped: ``tie`` if all scores are equal, ``single_response`` if there is nothing to compare.
         BadRow: if there are not as many finite scores as responses.
     """
+    ranked = ranked_responses(row)
+    texts, scores = ranked["responses"], ranked["scores"]
+    if max(scores) == min(scores):
+        raise Dropped("tie")
+    best, worst = texts[scores.index(max(scores))], texts[scores.index(min(scores))]
+    prompt = ranked["prompt"]
+    if isinstance(prompt, str):
+        return {"prompt": prompt, "chosen": best, "rejected": worst}
+    return {"prompt": prompt, "chosen": [assistant(best)], "rejected": [assistant(worst)]}
+
+
+def ranked_responses(row: Row) -> Row:
+    """Convert ranked responses, all of them, to ``prompt`` (text or messages), ``responses`` and ``scores``.
+
+    They are written as for :func:`ranked_pair`; equal scores are kept.
+
+    Raises:
+        Dropped: ``single_response`` if there is nothing to compare.
+        BadRow: if there are not as many finite scores as responses.
+
+    Examples:
+        >>> ranked_responses({"query": "1 + 1 =", "responses": ["2", "3"], "scores": [1, 0]})
+        {'prompt': '1 + 1 =', 'responses': ['2', '3'], 'scores': [1.0, 0.0]}
+    """
     column = next(name for name in ("prompt", "query", "instruction") if row.get(name) is not None)
     asked = row[column]
     texts, scores = _responses(row)
     if len(texts) < 2:
         raise Dropped("single_response")
-    if max(scores) == min(scores):
-        raise Dropped("tie")
-    best, worst = texts[scores.index(max(scores))], texts[scores.index(min(scores))]
+    prompt: Any
     if is_conversation(asked):
         prompt = conversation(asked, column)
     elif is_transcript(asked):
-        prompt, best, worst = opening(asked), best.strip(), worst.strip()
+        prompt, texts = opening(asked), [text.strip() for text in texts]
     elif column == "instruction":
         prompt = alpaca_prompt(row)
     else:
-        return {"prompt": text_of(row, column), "chosen": best, "rejected": worst}
-    return {"prompt": prompt, "chosen": [assistant(best)], "rejected": [assistant(worst)]}
+        prompt = text_of(row, column)
+    return {"prompt": prompt, "responses": texts, "scores": scores}
+
+
+def pair_as_ranked(pair: Row) -> Row:
+    """Return a pair as two ranked responses, with the scores 1 and 0.
+
+    Raises:
+        BadRow: if it has tool definitions, which no layout of ranked responses has.
+    """
+    if "tools" in pair:
+        raise BadRow("ranked responses cannot have tool definitions; take the tools out of the data")
+    return {"prompt": pair["prompt"], "responses": [pair["chosen"], pair["rejected"]], "scores": [1.0, 0.0]}
 
 
 def _responses(row: Row) -> tuple[list[str], list[float]]:

@@ -87,7 +87,7 @@ def inspect(origin: Origin, method: str, format: str) -> Inspected:
     form = None
     for record in chain([first], records):
         try:
-            form = Form.of(_at(record, layout.read, record.row))
+            form = Form.of(at_place(record, layout.read, record.row))
             break
         except Dropped:
             continue
@@ -99,7 +99,7 @@ def _first_fitting(records: Iterator[Record], method: str, format: str) -> tuple
     refused: UserError | None = None
     for number, record in enumerate(records):
         try:
-            return _at(record, detect, record.row, method, format), record
+            return at_place(record, detect, record.row, method, format), record
         except UserError as error:
             refused = refused or error
             if number == _SEARCHED or None not in record.row.values():
@@ -108,7 +108,7 @@ def _first_fitting(records: Iterator[Record], method: str, format: str) -> tuple
     raise refused
 
 
-def _at(record: Record, function: Any, *arguments: Any) -> Any:
+def at_place(record: Record, function: Any, *arguments: Any) -> Any:
     """Call a function on a row; what it finds bad is said with the row's place."""
     try:
         return function(*arguments)
@@ -151,13 +151,13 @@ class Pipeline:
         yield from self._measured(batch, report)
 
     def _prepared(self, record: Record, report: SourceReport) -> _Item:
-        row = _at(record, self._source.layout.read, record.row)
+        row = at_place(record, self._source.layout.read, record.row)
         if Form.of(row) != self._source.form:
             raise UserError(f"{record.place}: {self._mixed(Form.of(row))}")
         row = reshaped(row, self._form.columns)
         check(row)
         content = canonical(row)
-        rendered = _at(record, self._ruler.render, row)
+        rendered = at_place(record, self._ruler.render, row)
         if "tools" in row:
             self._note_tools(record, row, report)
         if self._form.conversational and not shows_reasoning(row, rendered):
@@ -178,7 +178,7 @@ class Pipeline:
         """Say (once) when the model will not see which tools it has."""
         if not report.tools_checked:
             report.tools_checked = True
-            if not _at(record, self._ruler.shows_tools, row):
+            if not at_place(record, self._ruler.shows_tools, row):
                 report.note("the tokenizer's chat template does not show tool definitions to the model")
 
     def _measured(self, batch: list[_Item], report: SourceReport) -> Iterator[Kept]:
@@ -190,7 +190,7 @@ class Pipeline:
                 if too_long and self._overlong == "drop":
                     raise Dropped("overlong")
                 if too_long:
-                    _at(item.record, self._ruler.check_cut, item.row, item.rendered, conversational)
+                    at_place(item.record, self._ruler.check_cut, item.row, item.rendered, conversational)
             except Dropped as dropped:
                 report.dropped[dropped.reason] += 1
                 continue
@@ -219,17 +219,22 @@ def check(row: Row) -> None:
         Dropped: with the reason.
     """
     if "prompt" in row:
-        _check_prompt(row["prompt"])
+        check_prompt(row["prompt"])
     answers = [
         row[column] for column in ("chosen", "rejected", "completion", "messages", "text") if column in row
     ]
-    if any(_is_empty(answer) for answer in answers):
+    if any(is_empty(answer) for answer in answers):
         raise Dropped("empty_response")
     if "chosen" in row and row["chosen"] == row["rejected"]:
         raise Dropped("identical")
 
 
-def _check_prompt(prompt: Any) -> None:
+def check_prompt(prompt: Any) -> None:
+    """Check that a prompt says something and ends where an answer is due.
+
+    Raises:
+        Dropped: with the reason.
+    """
     if isinstance(prompt, str):
         if not prompt.strip():
             raise Dropped("empty_prompt")
@@ -240,7 +245,7 @@ def _check_prompt(prompt: Any) -> None:
         raise Dropped("no_question")
 
 
-def _is_empty(answer: Any) -> bool:
+def is_empty(answer: Any) -> bool:
     """Whether there is no answer in it: no text, or no last word by the assistant."""
     if isinstance(answer, str):
         return not answer.strip()

@@ -51,6 +51,25 @@ _PERCENTILES = {"p50": 50.0, "p90": 90.0, "p99": 99.0, "max": 100.0}
 
 
 @dataclass
+class Responses:
+    """What became of single responses; those of prompts dropped for another reason are not counted.
+
+    Attributes:
+        kept: responses in rows that are kept.
+        dropped: responses left out, by reason (keys of ``REASONS``).
+        tied: prompts kept whose scores are all equal.
+    """
+
+    kept: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+    tied: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as JSON values."""
+        return {"kept": self.kept, "dropped": dict(sorted(self.dropped.items())), "tied_prompts": self.tied}
+
+
+@dataclass
 class SourceReport:
     """What became of one source's rows.
 
@@ -65,6 +84,8 @@ class SourceReport:
         dropped: rows left out, by reason (keys of ``REASONS``).
         truncated: rows kept although they are too long, for the trainer to cut.
         lengths: in tokens, of all rows that were measured; of a pair, the longer side.
+        responses: what became of the responses of prompts that were kept; None where rows are no prompts
+            with responses.
         ignored: columns that nothing was read from.
         notes: what a user should know besides.
     """
@@ -79,6 +100,7 @@ class SourceReport:
     dropped: Counter[str] = field(default_factory=Counter)
     truncated: int = 0
     lengths: Lengths = field(default_factory=Lengths)
+    responses: Responses | None = None
     ignored: tuple[str, ...] = ()
     notes: list[str] = field(default_factory=list)
     tools_checked: bool = field(default=False, repr=False)
@@ -132,6 +154,7 @@ class SourceReport:
             "lengths": self.lengths.to_dict(),
             "ignored_columns": list(self.ignored),
             "notes": list(self.notes),
+            **({} if self.responses is None else {"responses": self.responses.to_dict()}),
         }
 
 
@@ -249,5 +272,16 @@ class DataReport:
             where = f"{source.path}: " if len(self.sources) > 1 else ""
             for reason, count in source.reasons().items():
                 yield Text(f"  {where}{count:,} dropped: {self.say(reason)}")
+            if source.responses is not None:
+                yield from (Text(f"  {where}{line}") for line in self._about(source.responses))
             for sentence in source.notes:
                 yield Text(f"  {where}{sentence}")
+
+    def _about(self, responses: Responses) -> Iterator[str]:
+        for reason, count in sorted(responses.dropped.items()):
+            yield f"{count:,} responses dropped: {self.say(reason)}"
+        if responses.tied:
+            yield (
+                f"warning: all scores are equal for {responses.tied:,} prompts, which are kept; "
+                "they rank nothing, and their first response is learned"
+            )

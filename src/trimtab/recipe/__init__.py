@@ -3,7 +3,16 @@
 from trimtab.recipe.differences import Difference, recipe_differences, refuse_differences
 from trimtab.recipe.loading import load_recipe, make_recipe
 from trimtab.recipe.paths import local_path
-from trimtab.recipe.recipe import METHODS, DPORecipe, IPORecipe, KTORecipe, Recipe, RewardRecipe, SFTRecipe
+from trimtab.recipe.recipe import (
+    METHODS,
+    DPORecipe,
+    IPORecipe,
+    KTORecipe,
+    Recipe,
+    RewardRecipe,
+    RRHFRecipe,
+    SFTRecipe,
+)
 from trimtab.recipe.sections import (
     MERGING,
     Adapter,
@@ -16,6 +25,7 @@ from trimtab.recipe.sections import (
     LearningRateSchedule,
     Optimizer,
     RewardLoss,
+    RRHFLoss,
     Schedule,
     Schedules,
     SFTLoss,
@@ -40,6 +50,8 @@ __all__ = [
     "KTORecipe",
     "LearningRateSchedule",
     "Optimizer",
+    "RRHFLoss",
+    "RRHFRecipe",
     "Recipe",
     "RewardLoss",
     "RewardRecipe",

@@ -5,7 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from trimtab.recipe.recipe import Recipe
-from trimtab.recipe.sections import MERGE_SETTINGS, MERGING, DPOLoss, KTOLoss, Optimizer, RewardLoss, Schedule
+from trimtab.recipe.sections import (
+    MERGE_SETTINGS,
+    MERGING,
+    DPOLoss,
+    KTOLoss,
+    Optimizer,
+    RewardLoss,
+    RRHFLoss,
+    Schedule,
+)
 from trimtab.yaml_file import Key, Problem
 
 NAME: Key = ("optimizer", "name")
@@ -165,9 +174,11 @@ def _loss_and_data(recipe: Recipe) -> Iterator[Problem]:
         yield Problem(("loss", "label_smoothing"), "must be above 0 for the loss exo_pair, e.g. 1e-3")
     if isinstance(loss, RewardLoss):
         yield from _scores_only(recipe)
+    if isinstance(loss, RRHFLoss):
+        yield from _ranked_responses(recipe)
     if isinstance(loss, KTOLoss):
         yield from _labelled_answers(recipe)
-    elif recipe.data.streaming and not _positive(recipe.training.get("max_steps")):
+    elif _streams(recipe) and not _positive(recipe.training.get("max_steps")):
         yield Problem(
             ("training", "max_steps"),
             "is missing: with data.streaming the number of rows is not known beforehand",
@@ -183,6 +194,10 @@ def _loss_and_data(recipe: Recipe) -> Iterator[Problem]:
             yield Problem(
                 ("evaluation", "samples"), "needs data.eval (or evaluation.prompts) to take prompts from"
             )
+
+
+def _streams(recipe: Recipe) -> bool:
+    return recipe.data.streaming and not isinstance(recipe.loss, RRHFLoss)
 
 
 def _labelled_answers(recipe: Recipe) -> Iterator[Problem]:
@@ -215,6 +230,16 @@ def _scores_only(recipe: Recipe) -> Iterator[Problem]:
         yield Problem(
             ("data", "overlong"),
             "must be drop for method reward: TRL leaves out what is too long, and never cuts",
+        )
+
+
+def _ranked_responses(recipe: Recipe) -> Iterator[Problem]:
+    """A prompt's responses have different numbers of tokens, and a score is about a whole response."""
+    if recipe.data.streaming:
+        yield Problem(("data", "streaming"), "is not supported for method rrhf, whose rows are read at once")
+    if recipe.data.overlong == "truncate":
+        yield Problem(
+            ("data", "overlong"), "must be drop for method rrhf: a score is about the whole response"
         )
 
 

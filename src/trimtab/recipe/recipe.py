@@ -16,6 +16,7 @@ from trimtab.recipe.sections import (
     KTOLoss,
     Optimizer,
     RewardLoss,
+    RRHFLoss,
     Schedules,
     Section,
     SFTLoss,
@@ -37,7 +38,7 @@ class Recipe(Section):
     default_lr: ClassVar[float] = 2e-5
 
     method: str
-    """What to train with: sft, dpo, ipo, kto or reward."""
+    """What to train with: sft, dpo, ipo, kto, reward or rrhf."""
     model: Text | None = None
     """Where the policy starts: a model folder or a hub id; the reference when not given."""
     reference: Text | None = None
@@ -49,7 +50,7 @@ class Recipe(Section):
     adapter: Adapter | None = None
     """Train a LoRA adapter instead of the weights."""
     data: Data
-    loss: SFTLoss | DPOLoss | IPOLoss | KTOLoss | RewardLoss
+    loss: SFTLoss | DPOLoss | IPOLoss | KTOLoss | RewardLoss | RRHFLoss
     optimizer: Optimizer
     schedule: Schedules = Schedules()
     training: dict[str, Any] = Field(default_factory=dict)
@@ -170,6 +171,13 @@ class RewardRecipe(Recipe):
         return super()._fill_models(values)
 
 
+class RRHFRecipe(Recipe):
+    """Ranked responses: the model's own log-probabilities are brought into the order of the scores."""
+
+    method: Literal["rrhf"]
+    loss: RRHFLoss
+
+
 SCORE_HEAD = r"^(score|classifier)\."
 """Finds the head of a sequence classification model, as transformers names it."""
 
@@ -179,8 +187,9 @@ METHODS: dict[str, type[Recipe]] = {
     "ipo": IPORecipe,
     "kto": KTORecipe,
     "reward": RewardRecipe,
+    "rrhf": RRHFRecipe,
 }
 """The recipe class of each method."""
 
-NOT_YET = ("rrhf", "ppo", "grpo", "rloo")
+NOT_YET = ("ppo", "grpo", "rloo")
 """Methods that are planned and refused by name until they are there."""

@@ -177,6 +177,21 @@ class RewardLoss(Section):
     """How much of (r(chosen) + r(rejected))^2 is added, which keeps rewards around 0 (arXiv 2312.09244)."""
 
 
+class RRHFLoss(Section):
+    """Rank responses by their log-probability (RRHF, arXiv 2304.05302): w * L_rank + L_ft."""
+
+    rank_weight: NonNegative = 1.0
+    """w: weight of the ranking beside the best response's log-likelihood."""
+    length_exponent: NonNegative = 1.0
+    """gamma of p = sum of log-probabilities / length^gamma; 1 in the paper, 0 leaves the sum."""
+    margin: NonNegative = 0.0
+    """By how much a better response should lead, in units of p; 0 in the paper."""
+    ft_normalization: Literal["sum", "token_mean"] = "sum"
+    """L_ft averaged over prompts (sum: the paper's), or over the best responses' tokens."""
+    layout: Literal["shared_prefix", "repeated"] = "shared_prefix"
+    """Read each prompt once for all its responses, or once for each (which every model can)."""
+
+
 class Adapter(Section):
     """Train a LoRA adapter instead of the weights."""
 
@@ -208,7 +223,7 @@ class Optimizer(Section):
     name: Literal["adamw", "ondare", "onties", "online_merging"] = "adamw"
     """online_merging takes any pairing of sparsify and consensus."""
     lr: NonNegative
-    """Learning rate at its peak; default 1e-6 for dpo, ipo and kto, 1e-5 for reward, 2e-5 for sft."""
+    """Learning rate at its peak; default 1e-6 for dpo, ipo and kto, 1e-5 for reward, 2e-5 for sft, rrhf."""
     betas: tuple[ShareBelowOne, ShareBelowOne] = (0.9, 0.999)
     eps: Positive | None = None
     """Adam's epsilon; given by the fidelity when not set (1e-8; released: 1e-6)."""

@@ -8,7 +8,16 @@ from typing import Any
 import torch
 
 from trimtab.errors import UserError, unknown
-from trimtab.recipe import DPOLoss, IPOLoss, KTOLoss, LearningRateSchedule, Recipe, RewardLoss, SFTLoss
+from trimtab.recipe import (
+    DPOLoss,
+    IPOLoss,
+    KTOLoss,
+    LearningRateSchedule,
+    Recipe,
+    RewardLoss,
+    RRHFLoss,
+    SFTLoss,
+)
 
 OURS = ("save_total_limit", "model_init_kwargs", "precompute_ref_log_probs")
 """Fields of the ``training`` section that we act on ourselves (the last one together with TRL)."""
@@ -26,8 +35,10 @@ NOT_YET = {
 
 
 def config_class(method: str) -> type:
-    """Return TRL's config class for a method, against which a recipe's ``training`` section is checked."""
+    """Return the config class of a method's trainer, against which its ``training`` section is checked."""
     import trl
+
+    from trimtab.train.rrhf_config import RRHFConfig
 
     classes = {
         "sft": trl.SFTConfig,
@@ -35,6 +46,7 @@ def config_class(method: str) -> type:
         "ipo": trl.DPOConfig,
         "kto": trl.KTOConfig,
         "reward": trl.RewardConfig,
+        "rrhf": RRHFConfig,
     }
     if method not in classes:
         raise UserError(f"method {method!r} is not available yet; available: {', '.join(classes)}")
@@ -73,7 +85,6 @@ def training_arguments(recipe: Recipe, *, evaluates: bool, resumes: bool) -> Any
         "data_seed": recipe.seed,
         "learning_rate": recipe.optimizer.lr,
         "weight_decay": recipe.optimizer.weight_decay,
-        "max_length": recipe.data.max_length,
         "eval_strategy": "steps" if evaluates and recipe.evaluation.every else "no",
         "eval_on_start": evaluates and recipe.evaluation.at_start and not resumes,
         **_schedule(recipe.schedule.lr),
@@ -138,6 +149,12 @@ def _schedule(schedule: LearningRateSchedule) -> dict[str, Any]:
 
 def _loss(recipe: Recipe) -> dict[str, Any]:
     loss = recipe.loss
+    if isinstance(loss, RRHFLoss):
+        return {}  # the trainer takes it as its settings, and the rows come with their lengths checked
+    return {"max_length": recipe.data.max_length, **_loss_of_trl(loss)}
+
+
+def _loss_of_trl(loss: Any) -> dict[str, Any]:
     if isinstance(loss, SFTLoss):
         return {"completion_only_loss": loss.completion_only, "packing": loss.packing}
     if isinstance(loss, RewardLoss):

@@ -17,9 +17,12 @@ _NAMES = {
     "ipo": "Identity preference optimization (arXiv 2310.12036)",
     "kto": "Kahneman-Tversky optimization (arXiv 2402.01306)",
     "reward": "A reward model",
+    "rrhf": "Ranking responses by their log-probability (RRHF, arXiv 2304.05302)",
 }
 _MEASURED = (
     "loss",
+    "loss/rank",
+    "loss/ft",
     "rewards/accuracies",
     "rewards/margins",
     "kl",
@@ -27,6 +30,10 @@ _MEASURED = (
     "margin",
     "mean_token_accuracy",
 )
+
+
+_OF_TRL = "TRL's own numbers on the held-out rows: means of batch means"
+_KINDS = {"rrhf": "means over the held-out prompts"}
 
 
 def model_card(folder: RunFolder, parts: Parts) -> str:
@@ -45,7 +52,7 @@ def model_card(folder: RunFolder, parts: Parts) -> str:
         f"{_NAMES[recipe.method]} of `{parts.policy.label}` with {_optimizer(parts)}, trained by trimtab.\n",
         _origin(parts),
         _data(folder.read_result("data")),
-        _metrics(folder.metrics),
+        _metrics(folder.metrics, _KINDS.get(recipe.method, _OF_TRL)),
         folder.read_result("rewards").get("summary", ""),
         "## Recipe\n\n```yaml\n"
         + yaml.safe_dump(recipe.resolved(), sort_keys=False, allow_unicode=True)
@@ -85,7 +92,7 @@ def _data(counts: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _metrics(path: Path) -> str:
+def _metrics(path: Path, kind: str) -> str:
     """The first and the last evaluation side by side; without any, the last training loss."""
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     records = [json.loads(line) for line in text.splitlines()]
@@ -99,7 +106,7 @@ def _metrics(path: Path) -> str:
                 lines.append(f"| {name} | {_spell(first, name)} | {_spell(last, name)} |")
         lines.append("")
         lines.append(
-            "These are TRL's own numbers on the held-out rows: means of batch means, without intervals. "
+            f"These are {kind}, without intervals. "
             "They say how well the model tells the preferred answers apart, not how well it answers, and "
             "nothing of what it may have unlearnt.\n"
         )

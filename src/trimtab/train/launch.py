@@ -119,9 +119,9 @@ def _make_trainer(parts: Parts) -> Any:
     except UserError:
         raise
     except (ValueError, NotImplementedError, ImportError) as error:
-        raise UserError(
-            f"TRL refuses this {parts.recipe.method} recipe: {' '.join(str(error).split())}"
-        ) from error
+        said = " ".join(str(error).split())
+        library = "transformers" if parts.recipe.method == "rrhf" else "TRL"
+        raise UserError(f"{library} refuses this {parts.recipe.method} recipe: {said}") from error
 
 
 def _introduce(parts: Parts) -> None:

@@ -13,6 +13,7 @@ from trimtab.recipe import Recipe
 from trimtab.train.arguments import training_arguments
 from trimtab.train.models import ModelFolder, find_model, load_delta, load_tokenizer, refuse_other_shape
 from trimtab.train.optimizers import OptimizerPlan
+from trimtab.train.rrhf_batches import encode_ranked
 from trimtab.train.terminal import is_first_process
 
 
@@ -123,4 +124,5 @@ def _load(recipe: Recipe, part: str, tokenizer: Any) -> PreparedData:
         tokenizer=tokenizer,
         seed=recipe.seed,
         progress=sys.stderr.isatty() and is_first_process(),
+        encode=encode_ranked,
     )

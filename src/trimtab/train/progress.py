@@ -11,6 +11,8 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 _SHOWN = (
     "loss",
+    "loss/rank",
+    "loss/ft",
     "rewards/accuracies",
     "rewards/margins",
     "accuracy",

@@ -20,11 +20,12 @@ from trimtab.train.terminal import plain_libraries
 def trainer_of(
     tiny_models: tuple[Path, Path], tiny_pairs: tuple[Path, Path], tmp_path: Path
 ) -> Iterator[Callable[..., Any]]:
-    """Make a method's trainer from the tiny recipe with the given sections; nothing is trained."""
+    """Make a method's trainer from the tiny recipe with the given sections (and files of rows)."""
 
-    def make(**sections: Any) -> Any:
+    def make(rows: Any = None, **sections: Any) -> Any:
         recipe = make_recipe(
-            tiny.recipe(tiny_models, tiny_pairs, tmp_path / "run", **sections), config_class=config_class
+            tiny.recipe(tiny_models, rows or tiny_pairs, tmp_path / "run", **sections),
+            config_class=config_class,
         )
         module = import_module(f"trimtab.train.{recipe.method}")
         return module.make_trainer(gather_parts(recipe, resumes=False))
