@@ -282,6 +282,6 @@ class DataReport:
             yield f"{count:,} responses dropped: {self.say(reason)}"
         if responses.tied:
             yield (
-                f"warning: all scores are equal for {responses.tied:,} prompts, which are kept; "
-                "they rank nothing, and their first response is learned"
+                f"warning: prompts whose scores are all equal: {responses.tied:,} (kept; they rank nothing, "
+                "and their first response is learned)"
             )

@@ -89,7 +89,7 @@ def test_responses_that_are_empty_or_do_not_fit_are_dropped_and_counted(read: An
     said_lines = [str(line) for line in made.report._lines()]
     assert "  2 responses dropped: longer than max_length = 40" in said_lines
     assert "  3 responses dropped: empty response" in said_lines
-    assert any("all scores are equal for 1 prompts, which are kept" in line for line in said_lines)
+    assert any("warning: prompts whose scores are all equal: 1 (kept" in line for line in said_lines)
 
 
 def test_a_limit_is_met_to_the_token(read: Any) -> None:
