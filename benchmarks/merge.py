@@ -6,9 +6,9 @@
 Three random Llama-shaped models (a base and two that differ from it) are written once. Each method then runs
 in turn, both sides in one run: as whole processes, and without their imports (ours: ``trimtab merge``, and a
 worker that has imported everything; mergekit's: such a worker, which is timed as a whole, too). Files are in
-the page cache: ``cat`` of the inputs and ``cp`` of an output say what moving the bytes costs. Both sides get the
-same configuration; ours runs with ``fidelity: mergekit``, that is, it computes the same numbers, and ``ties``
-also as the paper has it.
+the page cache: ``cat`` of the inputs and ``cp`` of an output say what moving the bytes costs. Both sides get
+the same configuration; ours runs with ``fidelity: mergekit``, that is, it computes the same numbers, and
+``ties`` also as the paper has it.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import pytest
 
 BUDGETS = {
-    "tests/unit": 480,
+    "tests/unit": 800,
     "tests/oracle": 15,
     "tests/property": 240,
     "tests/equivalence": 300,

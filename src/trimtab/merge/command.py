@@ -15,7 +15,7 @@ from rich.table import Table
 from trimtab.errors import UserError
 from trimtab.merge.config import load_config
 from trimtab.merge.estimate import Estimate, estimated
-from trimtab.merge.folder import check_inputs_apart, check_out, check_space
+from trimtab.merge.folder import check_inputs_apart, check_out, check_space, folder_named
 from trimtab.merge.plan import Plan, make_plan
 from trimtab.merge.run import run_plan
 
@@ -53,7 +53,7 @@ def run(
         UserError: something is wrong with the configuration, the models or ``out``.
     """
     console = console or Console()
-    target, limit = Path(out).expanduser(), parse_size(shard_size)
+    target, limit = folder_named(out), parse_size(shard_size)
     given = {"--densities": densities, "--weights": weights, "--score": score}
     if sweep:
         if dry_run:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -41,6 +42,20 @@ _TOKENIZER = (
     "chat_template.json",
 )
 _PROCESSING = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
+
+
+def folder_named(out: str | os.PathLike[str]) -> Path:
+    """The output's path.
+
+    Raises:
+        UserError: it begins with the home of a user who is not known.
+    """
+    try:
+        return Path(out).expanduser()
+    except RuntimeError:
+        raise UserError(
+            f"{os.fspath(out)!r} begins with a home that is not known; write the whole path"
+        ) from None
 
 
 def check_out(out: Path, *, overwrite: bool) -> None:

@@ -21,7 +21,14 @@ from trimtab.merge.arithmetic import Cuts, Task, compute_into, decided, ranked
 from trimtab.merge.card import model_card
 from trimtab.merge.checks import check_different, not_finite, same_whole_numbers
 from trimtab.merge.config import MergeConfig, load_config
-from trimtab.merge.folder import check_inputs_apart, check_out, check_space, growing, write_surroundings
+from trimtab.merge.folder import (
+    check_inputs_apart,
+    check_out,
+    check_space,
+    folder_named,
+    growing,
+    write_surroundings,
+)
 from trimtab.merge.inputs import stamps
 from trimtab.merge.plan import Output, Plan, make_plan
 from trimtab.merge.tokens import tokenizer_folder
@@ -72,7 +79,7 @@ def merge(
     Raises:
         UserError: something is wrong with the configuration, the models or ``out``: nothing is written.
     """
-    target = Path(out).expanduser()
+    target = folder_named(out)
     check_out(target, overwrite=overwrite)
     asked = config if isinstance(config, MergeConfig) else load_config(config)
     return run_plan(make_plan(asked), target, overwrite=overwrite, shard_size=shard_size, progress=progress)

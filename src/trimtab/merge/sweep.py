@@ -15,7 +15,7 @@ from trimtab.delta.checkpoint import read_json
 from trimtab.errors import UserError
 from trimtab.files import write_json
 from trimtab.merge.config import MergeConfig, load_config
-from trimtab.merge.folder import check_inputs_apart, check_out, check_place, growing
+from trimtab.merge.folder import check_inputs_apart, check_out, check_place, folder_named, growing
 from trimtab.merge.methods import taken_by
 from trimtab.merge.plan import Plan, make_plan
 from trimtab.merge.run import SHARD_SIZE, run_plans
@@ -87,7 +87,7 @@ def sweep(
     Raises:
         UserError: as for :func:`trimtab.merge.merge`, or the grid or a score is unusable.
     """
-    target = Path(out).expanduser()
+    target = folder_named(out)
     _check_target(target, overwrite=overwrite)
     asked = config if isinstance(config, MergeConfig) else load_config(config)
     points = grid(asked, densities, weights)

@@ -1,7 +1,7 @@
 """Run as a script: how much memory of its own a merge takes, for a model and for one of twice its size.
 
 Prints, in chunks, what the process has beyond what it had after a small merge: pages of files that are
-mapped do not count (RssAnon). The largest tensor has 15 chunks, then 30.
+mapped do not count (RssAnon). The largest tensor has 8 chunks, then 16.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from trimtab.merge import arithmetic, merge, run
 from trimtab.merge.config import read_config
 
-CHUNK = 1 << 20
+CHUNK = 1 << 21
 
 
 def write(folder: Path, seed: int, counts: list[int]) -> None:
@@ -88,7 +88,7 @@ def main() -> None:
         merging(place / f"{method}-small", method, [3 * CHUNK])()
         used = []
         for size in (1, 2):
-            work = merging(place / f"{method}-{size}", method, [15 * size * CHUNK] + [CHUNK // 4] * 20 * size)
+            work = merging(place / f"{method}-{size}", method, [8 * size * CHUNK] + [CHUNK // 4] * 8 * size)
             trim()
             before = own()
             used.append((peak(work) - before) / (4 * CHUNK))

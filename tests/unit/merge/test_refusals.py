@@ -351,3 +351,8 @@ def test_a_disk_that_fills_up(place: Place, monkeypatch: pytest.MonkeyPatch) -> 
         place.merged(place.values(), shard_size=64)
     assert len(set(files)) == 2
     assert made.files_in(place.folder) == before
+
+
+def test_an_output_in_an_unknown_home(place: Place) -> None:
+    with pytest.raises(UserError, match="'~nobody-of-this-name/out' begins with a home that is not known"):
+        merge(read_config(place.values()), "~nobody-of-this-name/out")

@@ -322,7 +322,7 @@ def test_progress_is_told_in_bytes(
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc, where memory is told apart")
 @pytest.mark.skipif(kernels.refuses_sum([torch.float32]) is not None, reason="needs the CPU kernels")
 def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
-    """Chunks of 4 MB; models of 80 and 160 MB with a tensor of 15 and 30 chunks, see memory.py."""
+    """Chunks of 8 MB; models of 80 and 160 MB with a tensor of 8 and 16 chunks, see memory.py."""
     script, environment = Path(__file__).with_name("memory.py"), {**os.environ, "OMP_NUM_THREADS": "2"}
     command = [sys.executable, str(script), str(tmp_path), "ties", "dare_linear", "slerp"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
