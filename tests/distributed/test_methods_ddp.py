@@ -1,4 +1,4 @@
-"""KTO and reward models on two gloo processes: every held-out pair is scored once, and losses are one's."""
+"""KTO, RRHF and reward models on two gloo processes: held-out pairs are scored once, and losses are one's."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def runs(tiny_models: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("methods")
     tiny.write_rows(folder / "train.jsonl", tiny.preference_rows(24))
     tiny.write_rows(folder / "eval.jsonl", tiny.preference_rows(HELD_OUT, seed=1))
-    for method in ("kto", "reward"):
+    for method in ("kto", "reward", "rrhf"):
         values = recipe(tiny_models, folder, method, f"{method}-two", batch=2)
         (folder / f"{method}.json").write_text(json.dumps(values))
     root = Path(__file__).parents[2]
@@ -61,6 +61,19 @@ def test_a_reward_model_is_the_one_of_one_process(runs: Path, tiny_models: Any) 
     ]
     assert scores[0] == pytest.approx(scores[1], abs=1e-5)
     assert len(set(scores[0])) == 2 * HELD_OUT
+
+
+def test_rrhf_is_the_one_of_one_process(runs: Path, tiny_models: Any) -> None:
+    one = tiny.train(recipe(tiny_models, runs, "rrhf", "rrhf-one", batch=4))
+    first, second = (
+        [line for line in logged(run) if "loss" in line or "eval_loss" in line]
+        for run in (one, runs / "rrhf-two")
+    )
+    assert [line["step"] for line in first] == [0, 1, 2, 3, 3]
+    for ours, theirs in zip(first, second, strict=True):
+        kept = [name for name in ours if "loss" in name or "rewards" in name or "length" in name]
+        assert len(kept) >= 6
+        assert [ours[name] for name in kept] == pytest.approx([theirs[name] for name in kept], rel=1e-5)
 
 
 def test_kto_s_processes_end_the_same(runs: Path) -> None:

@@ -151,7 +151,7 @@ def test_a_run_killed_at_every_kind_of_moment_is_the_run_that_was_not(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["ipo", "kto", "reward"])
+@pytest.mark.parametrize("method", ["ipo", "kto", "reward", "rrhf"])
 def test_a_killed_run_of_another_method_is_the_run_that_was_not(
     method: str, tiny_models: Any, tiny_pairs: Any, tmp_path: Path
 ) -> None:

@@ -275,10 +275,13 @@ def pair_as_ranked(pair: Row) -> Row:
     """Return a pair as two ranked responses, with the scores 1 and 0.
 
     Raises:
+        Dropped: ``identical`` if the two are the same.
         BadRow: if it has tool definitions, which no layout of ranked responses has.
     """
     if "tools" in pair:
         raise BadRow("ranked responses cannot have tool definitions; take the tools out of the data")
+    if pair["chosen"] == pair["rejected"]:
+        raise Dropped("identical")
     return {"prompt": pair["prompt"], "responses": [pair["chosen"], pair["rejected"]], "scores": [1.0, 0.0]}
 
 

@@ -54,7 +54,8 @@ def test_every_way_to_write_ranked_responses(
 
 
 def test_a_pair_is_two_responses(read: Any, tokenizer: Any) -> None:
-    made = read([pair("1 + 1 =", " 2", " 3")])
+    made = read([pair("1 + 1 =", " 2", " 3"), pair("1 + 2 =", " 3", " 3")])
+    assert made.report.dropped == {"identical": 1}
     assert made.dataset[0] == {
         "prompt": "1 + 1 =",
         **encode_ranked(tokenizer, "1 + 1 =", [" 2", " 3"]),
@@ -115,6 +116,9 @@ def test_a_limit_is_met_to_the_token(read: Any) -> None:
          r"no row of data\.train is left to use: 1 read .* half of the rows need \d+ tokens or more"),
         ([{"prompt": ASKED, **SCORED}, {"prompt": "text", **SCORED}], {},
          r"rows\.jsonl:2: plain text where the rows before it hold messages"),
+        ([{"prompt": ASKED, "chosen": [said("assistant", "yes")], "rejected": [said("assistant", "no")],
+           "tools": [{"type": "function", "function": {"name": "f"}}]}], {},
+         r"rows\.jsonl:1: ranked responses cannot have tool definitions"),
         ([{"question": "hi", "answers": ["yes"]}], {}, r"rows\.jsonl:1"),
     ],
 )  # fmt: skip

@@ -123,6 +123,20 @@ def test_a_resumed_run_is_the_uninterrupted_one(tiny_models: Any, ranked: Any, t
     assert_same_run(copy, whole)
 
 
+def test_where_all_scores_are_equal_only_the_first_responses_are_learned(
+    tiny_models: Any, ranked: Any, tmp_path: Path, capsys: Any
+) -> None:
+    rows = [{**row, "scores": [1.0] * len(row["scores"])} for row in ranked_rows(4)]
+    data = (tiny.write_rows(tmp_path / "tied.jsonl", rows), ranked[1])
+    sections = {"optimizer": tiny.ADAMW, "base": None, "training": {"max_steps": 1}}
+    folder = tiny.train(tiny.recipe(tiny_models, data, tmp_path / "o", method="rrhf", **sections))
+    assert "warning: prompts whose scores are all equal: 4" in capsys.readouterr().err
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    first = next(line for line in lines if "loss" in line)
+    assert (first["loss/rank"], first["tied_prompts"]) == (0.0, 1.0)
+    assert "rewards/accuracies" not in first
+
+
 def test_under_an_adapter(tiny_models: Any, ranked: Any, tmp_path: Path) -> None:
     sections = {"optimizer": tiny.ADAMW, "base": None, "adapter": {"r": 2}, "training": {"max_steps": 2}}
     folder = tiny.train(tiny.recipe(tiny_models, ranked, tmp_path / "o", method="rrhf", **sections))
