@@ -37,8 +37,8 @@ from trimtab.ops.fingerprint import combined_digest
 from trimtab.ops.sparsify import Cut, top_count
 
 CHUNK = 1 << 23
-"""Entries of an output tensor that are in memory at a time, twice: while one chunk is written, another one is
-computed."""
+"""Entries of an output tensor in fp32 that are in memory at a time, twice: one chunk is written while another
+is computed. In other dtypes as many as take as many bytes."""
 
 PIECE = 1 << 18
 """Entries that a thread works on at a time."""
@@ -143,6 +143,16 @@ def run_plans(
             write_surroundings(folder, plan, model_card(plan, fingerprints, out.name))
 
 
+def chunk_of(dtype: torch.dtype) -> int:
+    """Entries of a chunk in a dtype.
+
+    Examples:
+        >>> chunk_of(torch.bfloat16) == 2 * chunk_of(torch.float32)
+        True
+    """
+    return max(1, CHUNK * torch.float32.itemsize // dtype.itemsize)
+
+
 @contextmanager
 def running(plans: Sequence[Plan], progress: Progress) -> Iterator[Runner]:
     """Yield what computes and writes, with its threads."""
@@ -195,8 +205,9 @@ class Runner:
             for number, entry in enumerate(shard.entries):
                 works = self._prepared(self._place[entry.key])
                 following = shard.entries[number + 1 : number + 2]
-                for low in range(0, entry.count, CHUNK):
-                    high = min(low + CHUNK, entry.count)
+                size = chunk_of(entry.dtype)
+                for low in range(0, entry.count, size):
+                    high = min(low + size, entry.count)
                     for one, start in [(entry, high)] if high < entry.count else [(n, 0) for n in following]:
                         self._expect(one, start)
                     for writer, work in zip(writers, works, strict=True):
@@ -208,7 +219,8 @@ class Runner:
         plan = self._plans[0]
         for origin in plan.outputs[self._place[entry.key]].origins():
             count = prod(plan.inputs[origin.model].shape(origin.key))
-            plan.inputs[origin.model].expect(origin.key, min(low, count), min(low + CHUNK, count))
+            high = low + chunk_of(entry.dtype)
+            plan.inputs[origin.model].expect(origin.key, min(low, count), min(high, count))
 
     def _chunk(self, writer: ShardWriter, work: Work, dtype: torch.dtype, low: int, high: int) -> None:
         """Compute a range with all threads and have it written, while the next one is computed."""
