@@ -85,7 +85,7 @@ class OnlineMerging(MergingShell):
         >>> base, reference = torch.nn.Linear(4, 2), torch.nn.Linear(4, 2)
         >>> delta = trimtab.ReferenceDelta.between(reference=reference, base=base)
         >>> sgd = torch.optim.SGD(reference.named_parameters(), lr=0.1, momentum=0.9)
-        >>> opt = OnlineMerging(sgd, delta, sparsify="top", consensus="sign", reserve_rate=0.5)
+        >>> opt = OnlineMerging(sgd, delta, sparsify="top", consensus="sign", merge_weight=0.01)
         >>> reference(torch.ones(4)).sum().backward()
         >>> opt.step()
     """
