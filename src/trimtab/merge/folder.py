@@ -149,12 +149,33 @@ def growing(
     work = out.absolute().parent / f".{out.name}.merging"
     with _alone(work, out):
         _prepare(work, digest, shards)
-        check()
-        yield from _grown(work, out, shards)
-        check()
+        try:
+            check()
+            yield work
+        except (KeyboardInterrupt, SystemExit) as stop:
+            if not _kept(work, shards, stop):
+                shutil.rmtree(work, ignore_errors=True)
+            raise
+        except BaseException:
+            shutil.rmtree(work, ignore_errors=True)
+            raise
+        try:
+            check()
+        except UserError as late:  # something has come to lie there meanwhile; the work is done
+            if not _kept(work, shards, late):
+                shutil.rmtree(work, ignore_errors=True)
+            raise
         take_place(work, out)
         for name in (DIGEST, _LOCK):
             (out / name).unlink(missing_ok=True)
+
+
+def _kept(work: Path, shards: tuple[Shard, ...], error: BaseException) -> bool:
+    """Whether there are complete files to go on from; the error says so."""
+    count = sum((work / shard.file).is_file() for shard in shards)
+    if count:
+        error.add_note(f"{count} of {len(shards)} files are kept, and the same command goes on from there")
+    return bool(count)
 
 
 @contextmanager
@@ -174,23 +195,6 @@ def _alone(work: Path, out: Path) -> Iterator[None]:
         except OSError:  # a file system without locks
             pass
         yield
-
-
-def _grown(work: Path, out: Path, shards: tuple[Shard, ...]) -> Iterator[Path]:
-    try:
-        yield work
-    except (KeyboardInterrupt, SystemExit) as stop:
-        kept = [shard.file for shard in shards if (work / shard.file).is_file()]
-        if kept:
-            stop.add_note(
-                f"{len(kept)} of {len(shards)} files are kept, and the same command goes on from there"
-            )
-        else:
-            shutil.rmtree(work, ignore_errors=True)
-        raise
-    except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
-        raise
 
 
 def _prepare(work: Path, digest: str, shards: tuple[Shard, ...]) -> None:

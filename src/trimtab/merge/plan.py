@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import reduce
+from functools import cached_property, reduce
+from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -105,6 +106,11 @@ class Plan:
     spans: tuple[tuple[int, int], ...] = ()
     vocabulary: Vocabulary | None = None
 
+    @cached_property
+    def fingerprints(self) -> tuple[str, ...]:
+        """What tells each input's content apart from another's."""
+        return tuple(model.fingerprint() for model in self.inputs)
+
     @property
     def layers(self) -> int | None:
         """How many layers the output has, where it is made of slices."""
@@ -152,10 +158,7 @@ def _reader(model: Input, key: str, dtype: torch.dtype | None) -> Read:
 
 
 def _size(model: Input, key: str) -> int:
-    count = 1
-    for length in model.shape(key):
-        count *= length
-    return count * model.dtype(key).itemsize
+    return prod(model.shape(key)) * model.dtype(key).itemsize
 
 
 def open_input(ref: ModelRef) -> Input:

@@ -94,53 +94,45 @@ def run_plan(
     progress: bool = False,
 ) -> Path:
     """Carry out a plan; arguments as for :func:`merge`."""
-    run_plans([plan], [out], overwrite=overwrite, shard_size=shard_size, progress=progress)
+    check_inputs_apart(out, plan)
+    check_plan(plan, out)
+    shards = sharded([output.entry for output in plan.outputs], shard_size)
+    read = {path for model in plan.inputs for path in (model.folder, tokenizer_folder(model))}
+    followed = [__version__, plan.config.text, repr(plan.outputs), repr(shards), *plan.fingerprints]
+    digest = combined_digest([*followed, *(stamps(path) for path in sorted(read))])
+    with growing(out, digest, shards, partial(check_out, out, overwrite=overwrite)) as folder:
+        write_models([plan], {out.name: folder}, shards, progress=progress)
     return out
 
 
-def run_plans(
-    plans: Sequence[Plan],
-    outs: Sequence[Path],
-    *,
-    overwrite: bool = False,
-    shard_size: int = SHARD_SIZE,
-    progress: bool = False,
+def check_plan(plan: Plan, out: Path, copies: int = 1) -> None:
+    """Refuse what would fail later: a disk that is too small, a model that is the base."""
+    check_space(out, copies * plan.size)
+    check_different(plan)
+
+
+def write_models(
+    plans: Sequence[Plan], folders: Mapping[str, Path], shards: Sequence[Shard], *, progress: bool = False
 ) -> None:
-    """Carry out plans that differ in weights and rates alone, in one pass over their inputs.
+    """Write the models of plans that differ in weights and rates alone, in one pass over their inputs.
 
     Args:
         plans: of the same inputs and output tensors, and of one method.
-        outs: a folder to write for each.
-        overwrite: as for :func:`merge`.
-        shard_size: as for :func:`merge`.
+        folders: the name of each model, and the folder that its files go to.
+        shards: which tensors go to which file; a file that all folders have is not written again.
         progress: as for :func:`merge`.
     """
-    first = plans[0]
-    for out in outs:
-        check_inputs_apart(out, first)
-    check_space(outs[0], sum(plan.size for plan in plans))
-    check_different(first)
-    shards = sharded([output.entry for output in first.outputs], shard_size)
-    fingerprints = tuple(model.fingerprint() for model in first.inputs)
-    folders_read = {path for model in first.inputs for path in (model.folder, tokenizer_folder(model))}
-    stamped = [stamps(path) for path in sorted(folders_read)]
     with ExitStack() as stack:
-        folders = []
-        for plan, out in zip(plans, outs, strict=True):
-            followed = [__version__, plan.config.text, repr(plan.outputs), repr(shards), *fingerprints]
-            digest = combined_digest([*followed, *stamped])
-            check = partial(check_out, out, overwrite=overwrite)
-            folders.append(stack.enter_context(growing(out, digest, shards, check)))
         bar = stack.enter_context(progress_bar("merging")) if progress else _silent
         runner = stack.enter_context(running(plans, bar))
         for shard in shards:
-            if all((folder / shard.file).is_file() for folder in folders):
+            if all((folder / shard.file).is_file() for folder in folders.values()):
                 runner.skip(shard)
             else:
-                runner.write(folders, shard)
-        for plan, folder, out in zip(plans, folders, outs, strict=True):
-            write_index(folder, shards)
-            write_surroundings(folder, plan, model_card(plan, fingerprints, out.name))
+                runner.write(list(folders.values()), shard)
+    for plan, (name, folder) in zip(plans, folders.items(), strict=True):
+        write_index(folder, shards)
+        write_surroundings(folder, plan, model_card(plan, plan.fingerprints, name))
 
 
 def chunk_of(dtype: torch.dtype) -> int:
@@ -171,7 +163,7 @@ class Runner:
     """Computes the tensors of plans and writes them.
 
     Args:
-        plans: as for :func:`run_plans`.
+        plans: as for :func:`write_models`.
         pool: computes.
         writing: writes; one thread, so that the order stays.
         progress: is told how far it is.
@@ -204,12 +196,13 @@ class Runner:
             stack.callback(self._settle)
             for number, entry in enumerate(shard.entries):
                 works = self._prepared(self._place[entry.key])
-                following = shard.entries[number + 1 : number + 2]
                 size = chunk_of(entry.dtype)
                 for low in range(0, entry.count, size):
                     high = min(low + size, entry.count)
-                    for one, start in [(entry, high)] if high < entry.count else [(n, 0) for n in following]:
-                        self._expect(one, start)
+                    if high < entry.count:
+                        self._expect(entry, high)
+                    elif number + 1 < len(shard.entries):
+                        self._expect(shard.entries[number + 1], 0)
                     for writer, work in zip(writers, works, strict=True):
                         self._chunk(writer, work, entry.dtype, low, high)
                     self._progress(entry.key, self._done, self._total)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ from trimtab.merge.config import MergeConfig, load_config
 from trimtab.merge.folder import check_inputs_apart, check_out, check_place, folder_named, growing
 from trimtab.merge.methods import taken_by
 from trimtab.merge.plan import Plan, make_plan
-from trimtab.merge.run import SHARD_SIZE, run_plans
+from trimtab.merge.run import SHARD_SIZE, check_plan, write_models
+from trimtab.merge.writer import sharded
 
 DENSITIES = (0.2, 0.5, 0.8)
 WEIGHTS = (0.2, 0.4, 0.6, 0.8, 1.0)
@@ -93,16 +95,19 @@ def sweep(
     points = grid(asked, densities, weights)
     plan = make_plan(asked)
     check_inputs_apart(target, plan)
-    with growing(target, "sweep", (), lambda: _check_target(target, overwrite=overwrite)) as folder:
+    check_plan(plan, target, copies=len(points))
+    shards = sharded([output.entry for output in plan.outputs], shard_size)
+    with growing(target, "sweep", (), partial(_check_target, target, overwrite=overwrite)) as folder:
         grown = folder / "points" if score else folder
-        grown.mkdir(exist_ok=True)
+        folders = {point.name: grown / point.name for point in points}
+        for one in folders.values():
+            one.mkdir(parents=True)
         plans = [at_point(plan, point) for point in points]
-        folders = [grown / point.name for point in points]
-        run_plans(plans, folders, shard_size=shard_size, progress=progress)
-        scores = [_scored(score, one) for one in folders] if score else None
+        write_models(plans, folders, shards, progress=progress)
+        scores = {name: _scored(score, one) for name, one in folders.items()} if score else {}
         result = _result(asked, points, scores)
         if scores:
-            _keep(folders[max(range(len(scores)), key=scores.__getitem__)], folder, grown)
+            _keep(folders[result["best"]], folder, grown)
         write_json(folder / RESULT, result)
     return result
 
@@ -190,18 +195,18 @@ def _scored(score: Score, folder: Path) -> float:
     return value
 
 
-def _result(config: MergeConfig, points: Sequence[Point], scores: Sequence[float] | None) -> dict[str, Any]:
+def _result(config: MergeConfig, points: Sequence[Point], scores: Mapping[str, float]) -> dict[str, Any]:
     found: dict[str, Any] = {
         "method": config.method,
         "fidelity": config.fidelity,
         "points": [
             {"name": point.name, "density": point.density, "weight": point.weight}
-            | ({} if scores is None else {"score": scores[number]})
-            for number, point in enumerate(points)
+            | ({"score": scores[point.name]} if scores else {})
+            for point in points
         ],
     }
-    if scores is not None:
-        found["best"] = points[max(range(len(scores)), key=scores.__getitem__)].name
+    if scores:
+        found["best"] = max(scores, key=scores.__getitem__)
     return found
 
 

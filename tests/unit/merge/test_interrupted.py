@@ -200,8 +200,9 @@ def test_what_appears_during_a_merge_is_left_alone(place: Place, monkeypatch: py
         (place.folder / "out" / "notes.txt").write_text("mine")
 
     monkeypatch.setattr(run.Runner, "write", late)
-    with pytest.raises(UserError, match="out is there already"):
+    with pytest.raises(UserError, match="out is there already") as caught:
         place.merged(place.values())
+    assert caught.value.__notes__ == ["1 of 1 files are kept, and the same command goes on from there"]
     assert (place.folder / "out" / "notes.txt").read_text() == "mine"
 
 
