@@ -61,7 +61,6 @@ OURS = """
 import json, os, sys, time
 import trimtab.merge.run, trimtab.merge.command
 config, out = sys.argv[1:]
-from trimtab.merge.vocabulary import check_vocabularies
 own = [line.split()[1] for line in open("/proc/self/status") if line.startswith("RssAnon")]
 wall, cpu = time.perf_counter(), time.process_time()
 trimtab.merge.run.merge(config, out)
@@ -82,8 +81,8 @@ merge = MergeConfiguration.model_validate(yaml.safe_load(open(config)))
 run_merge(merge, out, MergeOptions(quiet=True, copy_tokenizer=False))
 print(json.dumps([time.perf_counter() - wall, time.process_time() - cpu, int(own[0]) * 1024]))
 """
-GRID = OURS.replace("trimtab.merge.run.merge(config, out)", "sweep(config, out)").replace(
-    "from trimtab.merge.vocabulary import check_vocabularies", "from trimtab.merge.sweep import sweep"
+GRID = OURS.replace("merge.run.merge(config", "merge.sweep.sweep(config").replace(
+    "import trimtab.merge.run,", "import trimtab.merge.sweep,"
 )
 
 

@@ -17,6 +17,7 @@ from trimtab.ops.kernels.merging import NonFinite
 from trimtab.ops.kernels.ranking import NativeMagnitudes, l1_sums, native_cuts
 from trimtab.ops.layout import Layout
 from trimtab.ops.masks import MaskKey, Place
+from trimtab.ops.rounding import rounded
 from trimtab.ops.select import Magnitudes, Streamed, cuts
 from trimtab.ops.sparsify import Counting, Cut, Thinning, l1_ratio, thin, top_count
 
@@ -272,11 +273,6 @@ def is_finite(values: Tensor) -> bool:
         return True
     least, most = torch.aminmax(values)
     return bool(least.isfinite()) and bool(most.isfinite())
-
-
-def rounded(weight: float, dtype: torch.dtype) -> float:
-    """A weight as a tensor of ``dtype`` holds it."""
-    return float(torch.tensor(weight, dtype=dtype))
 
 
 def _coefficients(task: Task) -> tuple[Tensor, Tensor]:

@@ -39,8 +39,10 @@ def estimated(plan: Plan) -> Estimate:
     part = replace(task, count=count)
     out = torch.empty(BLOCK, dtype=output.entry.dtype)
     began = time.perf_counter()
-    ready = decided([part])[0]
+    ready = decided([part])[0]  # with all threads
+    middle = time.perf_counter()
     for low, high in part.ranges():
         compute_into(ready, low, high, out[: high - low])
-    rate = count / (time.perf_counter() - began) * max(1, torch.get_num_threads())
+    computing = (time.perf_counter() - middle) / max(1, torch.get_num_threads())
+    rate = count / (middle - began + computing)
     return Estimate(total / rate, rate)

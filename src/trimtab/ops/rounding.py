@@ -4,12 +4,25 @@ rounding.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
 _FP16_SCALE = (
     2048.0  # an fp16 rounding error is at most 2⁻¹¹ of the value: scaled, it uses the same exponents
 )
+
+
+@lru_cache(maxsize=1 << 10)
+def rounded(number: float, dtype: torch.dtype) -> float:
+    """A number as a tensor of ``dtype`` holds it.
+
+    Examples:
+        >>> rounded(0.3, torch.bfloat16)
+        0.30078125
+    """
+    return float(torch.tensor(number, dtype=dtype))
 
 
 def split_master(master: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -28,6 +28,7 @@ from trimtab.ops.kernels.merge_structs import (
     library,
 )
 from trimtab.ops.masks import MaskKey
+from trimtab.ops.rounding import rounded
 from trimtab.ops.sparsify import Thinning
 
 _CONSENSUS = {"linear": 0, "sign": 1, "sign_unweighted": 2, "sign_or_plus": 3}
@@ -161,7 +162,7 @@ def merge_range_into(
         terms, held = (CTerm * len(models))(), list[tuple[int, ...]]()
         for term, weight, one in zip(terms, weights, how, strict=True):
             fill_term(term, one, at, count, total, dtype, held)
-            term.weight = _rounded(weight, dtype)
+            term.weight = rounded(weight, dtype)
         found = _united(found, _run("trimtab_merge", plan, terms, *part))
     return found
 
@@ -257,12 +258,6 @@ def _check(*tensors: Tensor) -> None:
 
 
 @lru_cache(maxsize=1 << 10)
-def _rounded(weight: float, dtype: torch.dtype) -> float:
-    """A weight as a tensor of ``dtype`` holds it."""
-    return float(torch.tensor(weight, dtype=dtype))
-
-
-@lru_cache(maxsize=1 << 10)
 def _sum_of(weights: tuple[float, ...]) -> float:
     return float(torch.tensor(weights, dtype=torch.float32).sum())
 
@@ -280,7 +275,7 @@ def _agrees() -> bool:
             continue
         deltas = [model.to(dtype) - anchor.to(dtype) for model in models]
         for consensus in CONSENSUS:
-            weights = [_rounded(weight, dtype) for weight in (0.3, -0.9)]
+            weights = [rounded(weight, dtype) for weight in (0.3, -0.9)]
             operator = Operator(consensus=consensus, normalize=True)
             wanted = merge_range(anchor.to(dtype), deltas, weights, how, operator, scale=0.7)
             ours = torch.empty_like(wanted)
