@@ -123,31 +123,29 @@ class SFTRecipe(Recipe):
     loss: SFTLoss
 
 
-class DPORecipe(Recipe):
-    """Direct preference optimization against an explicit reference."""
+class AgainstReference(Recipe):
+    """What the methods share that compare the policy with an explicit reference."""
 
     default_lr: ClassVar[float] = 1e-6
     needs_reference: ClassVar[bool] = True
+
+
+class DPORecipe(AgainstReference):
+    """Direct preference optimization against an explicit reference."""
 
     method: Literal["dpo"]
     loss: DPOLoss
 
 
-class IPORecipe(Recipe):
+class IPORecipe(AgainstReference):
     """Identity preference optimization against an explicit reference."""
-
-    default_lr: ClassVar[float] = 1e-6
-    needs_reference: ClassVar[bool] = True
 
     method: Literal["ipo"]
     loss: IPOLoss
 
 
-class KTORecipe(Recipe):
+class KTORecipe(AgainstReference):
     """Kahneman-Tversky optimization against an explicit reference."""
-
-    default_lr: ClassVar[float] = 1e-6
-    needs_reference: ClassVar[bool] = True
 
     method: Literal["kto"]
     loss: KTOLoss
