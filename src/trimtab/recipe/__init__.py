@@ -2,6 +2,7 @@
 
 from trimtab.recipe.differences import Difference, recipe_differences, refuse_differences
 from trimtab.recipe.loading import load_recipe, make_recipe
+from trimtab.recipe.losses import DPOLoss, IPOLoss, KTOLoss, RewardLoss, RRHFLoss, SFTLoss
 from trimtab.recipe.paths import local_path
 from trimtab.recipe.recipe import (
     METHODS,
@@ -17,18 +18,12 @@ from trimtab.recipe.sections import (
     MERGING,
     Adapter,
     Data,
-    DPOLoss,
     Evaluation,
     Group,
-    IPOLoss,
-    KTOLoss,
     LearningRateSchedule,
     Optimizer,
-    RewardLoss,
-    RRHFLoss,
     Schedule,
     Schedules,
-    SFTLoss,
     Source,
 )
 from trimtab.recipe.training_fields import OWNED, cast_training_arguments

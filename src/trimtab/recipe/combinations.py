@@ -4,17 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from trimtab.recipe.losses import DPOLoss, KTOLoss, RewardLoss, RRHFLoss
 from trimtab.recipe.recipe import Recipe
-from trimtab.recipe.sections import (
-    MERGE_SETTINGS,
-    MERGING,
-    DPOLoss,
-    KTOLoss,
-    Optimizer,
-    RewardLoss,
-    RRHFLoss,
-    Schedule,
-)
+from trimtab.recipe.sections import MERGE_SETTINGS, MERGING, Optimizer, Schedule
 from trimtab.yaml_file import Key, Problem
 
 NAME: Key = ("optimizer", "name")

@@ -6,21 +6,8 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, ModelWrapValidatorHandler, model_validator
 
-from trimtab.recipe.sections import (
-    MERGING,
-    Adapter,
-    Data,
-    DPOLoss,
-    Evaluation,
-    IPOLoss,
-    KTOLoss,
-    Optimizer,
-    RewardLoss,
-    RRHFLoss,
-    Schedules,
-    Section,
-    SFTLoss,
-)
+from trimtab.recipe.losses import DPOLoss, IPOLoss, KTOLoss, RewardLoss, RRHFLoss, SFTLoss
+from trimtab.recipe.sections import MERGING, Adapter, Data, Evaluation, Optimizer, Schedules, Section
 from trimtab.recipe.values import NonNegativeCount, Text
 
 

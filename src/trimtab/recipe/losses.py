@@ -1,0 +1,89 @@
+"""The loss section of each method: what may be written, what it means, and its default."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from trimtab.recipe.sections import Section
+from trimtab.recipe.values import Flag, NonNegative, Positive
+
+
+class SFTLoss(Section):
+    """Supervised fine-tuning: the mean negative log-likelihood per token."""
+
+    completion_only: Flag | None = None
+    """Loss on the answers only; null: yes where prompt and completion are apart, as TRL does."""
+    packing: Flag = False
+    """Put several examples into one row of max_length tokens."""
+
+
+class DPOLoss(Section):
+    """Direct preference optimization (arXiv 2305.18290) and its relatives, as TRL computes them."""
+
+    type: Literal[
+        "sigmoid",
+        "hinge",
+        "ipo",
+        "exo_pair",
+        "nca_pair",
+        "robust",
+        "bco_pair",
+        "sppo_hard",
+        "aot",
+        "aot_unpaired",
+        "apo_zero",
+        "apo_down",
+        "discopop",
+        "sigmoid_norm",
+    ] = "sigmoid"
+    """The loss on the difference of rewards; sigmoid is the paper's."""
+    beta: Positive = 0.1
+    """Strength of the pull to the reference (for ipo: the target margin is 1 / (2 beta))."""
+    label_smoothing: Annotated[NonNegative, Field(lt=0.5)] = 0.0
+    """Share of pairs taken to be labelled the wrong way round."""
+    sft_weight: NonNegative = 0.0
+    """How much of the chosen answers' negative log-likelihood is added (RPO's alpha)."""
+
+
+class IPOLoss(Section):
+    """Identity preference optimization (arXiv 2310.12036), as TRL computes it: with means over tokens."""
+
+    beta: Positive = 0.1
+    """tau of the paper: the margin between two answers, in log-ratio per token, is to become 1 / (2 beta)."""
+    sft_weight: NonNegative = 0.0
+    """How much of the chosen answers' negative log-likelihood is added (RPO's alpha)."""
+
+
+class KTOLoss(Section):
+    """Kahneman-Tversky optimization (arXiv 2402.01306): each answer by itself, desirable or not."""
+
+    beta: Positive = 0.1
+    """How fast the value of an answer saturates with its log-ratio, and the pull to the reference."""
+    desirable_weight: Positive = 1.0
+    """lambda_D: weight of the losses of desirable answers."""
+    undesirable_weight: Positive = 1.0
+    """lambda_U: weight of the losses of undesirable answers."""
+
+
+class RewardLoss(Section):
+    """A reward model of pairs (Bradley and Terry): -log sigma(r(chosen) - r(rejected))."""
+
+    center_rewards: NonNegative = 0.0
+    """How much of (r(chosen) + r(rejected))^2 is added, which keeps rewards around 0 (arXiv 2312.09244)."""
+
+
+class RRHFLoss(Section):
+    """Rank responses by their log-probability (RRHF, arXiv 2304.05302): w * L_rank + L_ft."""
+
+    rank_weight: NonNegative = 1.0
+    """w: weight of the ranking beside the best response's log-likelihood."""
+    length_exponent: NonNegative = 1.0
+    """gamma of p = sum of log-probabilities / length^gamma; 1 in the paper, 0 leaves the sum."""
+    margin: NonNegative = 0.0
+    """By how much a better response should lead, in units of p; 0 in the paper."""
+    ft_normalization: Literal["sum", "token_mean"] = "sum"
+    """L_ft averaged over prompts (sum: the paper's), or over the best responses' tokens."""
+    layout: Literal["shared_prefix", "repeated"] = "shared_prefix"
+    """Read each prompt once for all its responses, or once for each (which every model can)."""
