@@ -40,7 +40,7 @@ def test_import_trimtab_is_lazy():
     assert not {"torch", "transformers", "trl", "numpy", "pydantic"} & _modules_after("import trimtab")
 
 
-def test_ops_and_optim_load_no_transformers():
-    loaded = _modules_after("import trimtab.ops, trimtab.optim")
+def test_what_stands_on_torch_loads_no_transformers():
+    loaded = _modules_after("import trimtab.ops, trimtab.optim, trimtab.losses, trimtab.sampling")
     assert "torch" in loaded
     assert not {"transformers", "trl", "accelerate", "datasets", "peft"} & loaded
