@@ -158,6 +158,7 @@ def _kinds() -> dict[str, Any]:
         "prompt_ids": ids,
         "response_ids": List(ids),
         "scores": List(Value("float64")),
+        "row": Value("string"),
     }
 
 

@@ -21,6 +21,9 @@ NEEDS = {
     "ipo": "pairs",
     "kto": "answers",
     "reward": "pairs",
+    "ppo": "prompts",
+    "grpo": "prompts",
+    "rloo": "prompts",
     "rrhf": "ranked",
     "sft": "instructions",
 }
@@ -33,7 +36,8 @@ class Layout:
 
     Attributes:
         format: the name in :data:`FORMATS`.
-        gives: ``pairs``, ``answers`` (labelled ones), ``ranked`` (responses) or ``instructions``.
+        gives: ``pairs``, ``answers`` (labelled ones), ``ranked`` (responses), ``prompts`` or
+            ``instructions``.
         needs: columns that must be there; several names, one of which must, are parted by ``|``.
         takes: columns that are read where they are there.
         convert: makes a row in TRL's columns, or raises ``Dropped`` or ``BadRow``.
@@ -147,6 +151,24 @@ _LAST_INSTRUCTIONS = (
     Layout("trl", "instructions", ("text",), (), instructions.trl_text),
 )
 
+_PROMPTS = (
+    Layout(
+        "chat",
+        "prompts",
+        ("prompt",),
+        ("system",),
+        lambda row: {"prompt": pairs.chat_prompt(row)},
+        guessed=False,
+    ),
+    Layout(
+        "trl",
+        "prompts",
+        ("prompt|query|instruction",),
+        (*_ALPACA, "tools"),
+        lambda row: instructions.asked(pairs.with_tools({"prompt": pairs.prompt_of(row)}, row)),
+    ),
+)
+
 
 def _chosen_only(layout: Layout) -> Layout:
     """The layout of a pair, read as an instruction and the answer that was chosen."""
@@ -166,10 +188,18 @@ def _both_ranked(layout: Layout) -> Layout:
     return replace(layout, gives="ranked", convert=lambda row: pairs.pair_as_ranked(layout.convert(row)))
 
 
+def _prompt_only(layout: Layout) -> Layout:
+    """The layout of rows that begin with a prompt, of which only that is read."""
+    if layout.format == "ranked":  # whatever the responses are
+        return replace(layout, gives="prompts", convert=lambda row: {"prompt": pairs.prompt_of(row)})
+    return replace(layout, gives="prompts", convert=lambda row: instructions.asked(layout.convert(row)))
+
+
 def layouts(method: str) -> tuple[Layout, ...]:
     """Return the layouts that a method can be trained on, in the order they are tried.
 
-    Supervised fine-tuning takes pairs too, for the answers that were chosen, KTO and RRHF for both of them.
+    Supervised fine-tuning takes pairs too, for the answers that were chosen, KTO and RRHF for both of them;
+    methods that answer prompts take the prompts of all rows that have one.
 
     Raises:
         UserError: if there is no such method.
@@ -182,6 +212,9 @@ def layouts(method: str) -> tuple[Layout, ...]:
         return (*_LABELLED, *_PAIRS)
     if NEEDS[method] == "ranked":
         return (_RANKED, *(_both_ranked(layout) for layout in _PAIRS if layout.format != "ranked"))
+    if NEEDS[method] == "prompts":
+        answered = (*_PAIRS, *_LABELLED, *_INSTRUCTIONS, _LAST_INSTRUCTIONS[0])
+        return (*(_prompt_only(layout) for layout in answered), *_PROMPTS)
     chosen = tuple(_chosen_only(layout) for layout in _PAIRS if layout.format != "ranked")
     return (*_INSTRUCTIONS, *chosen, *_LAST_INSTRUCTIONS)
 
@@ -217,6 +250,8 @@ def _nothing_fits(row: Row, method: str, format: str, asked: list[Layout]) -> st
     if not asked:
         return f"format {format!r} is of no use to method {method}{_other_use(row, method)}"
     ways = list(dict.fromkeys(layout.say() for layout in asked))
+    if NEEDS[method] == "prompts":
+        ways = ["prompt, alone or with answers as other methods take them, which are not used"]
     kind = "" if format == "auto" else f" in format {format!r}"
     hint = _other_use(row, method) or _near_miss(row, asked)
     return f"{there}; method {method}{kind} needs {'; or '.join(ways)}{hint}"

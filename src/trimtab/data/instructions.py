@@ -53,6 +53,25 @@ def preferred(pair: Row) -> Row:
     return {**made, "tools": pair["tools"]} if "tools" in pair else made
 
 
+def asked(row: Row) -> Row:
+    """Return the prompt of a converted row of any kind; its answers go.
+
+    Raises:
+        BadRow: if it has tool definitions: nothing would carry out the calls.
+
+    Examples:
+        >>> asked({"prompt": "1 + 1 =", "chosen": " 2", "rejected": " 3"})
+        {'prompt': '1 + 1 ='}
+    """
+    if "tools" in row:
+        raise BadRow("a prompt that is answered while training cannot have tool definitions; take them out")
+    if "prompt" in row:
+        return {"prompt": row["prompt"]}
+    messages = row["messages"]
+    answered = bool(messages) and messages[-1]["role"] == "assistant"
+    return {"prompt": messages[:-1] if answered else messages}
+
+
 def _check_label(row: Row) -> None:
     """Leave out what unpaired preference data (KTO's) marks as bad with ``label: false``."""
     if row.get("label") is False:

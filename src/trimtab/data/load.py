@@ -16,6 +16,8 @@ from trimtab.data.measure import Ruler
 from trimtab.data.mixture import mix, mix_streams, rows_of, shuffled
 from trimtab.data.origin import open_source
 from trimtab.data.pipeline import Form, Inspected, Pipeline, inspect
+from trimtab.data.prompts import COLUMNS as PROMPT_COLUMNS
+from trimtab.data.prompts import PromptPipeline
 from trimtab.data.ranked import COLUMNS as RANKED_COLUMNS
 from trimtab.data.ranked import Encode, RankedPipeline
 from trimtab.data.report import DataReport, SourceReport
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
     import datasets
 
 T = TypeVar("T")
+
+_ANSWERS = frozenset({"chosen", "completion", "responses", "output", "messages", "conversations"})
 
 
 class DataSpec(Protocol):
@@ -75,6 +79,7 @@ def load_data(
     seed: int = 0,
     progress: bool = False,
     encode: Encode | None = None,
+    response_budget: int = 0,
 ) -> PreparedData:
     """Read one part of a recipe's data for a training method.
 
@@ -86,12 +91,14 @@ def load_data(
         spec: the recipe's data section.
         method: ``dpo``, ``ipo`` or ``reward`` (columns prompt, chosen, rejected), ``kto`` (prompt,
             completion, label), ``rrhf`` (prompt, prompt_ids, response_ids, scores),
+            ``ppo``, ``grpo`` or ``rloo`` (prompt, prompt_ids, row),
             or ``sft`` (messages, or prompt and completion, or text).
         part: ``train`` or ``eval``.
         tokenizer: the one the trainer gets, with its chat template.
         seed: which rows a fractional weight takes, and how sources are interleaved.
         progress: show a progress bar while reading.
         encode: for ``rrhf``, which needs it: what makes tokens of a prompt and responses to it.
+        response_budget: tokens of ``max_length`` that are kept free behind a prompt that the model answers.
 
     Returns:
         The dataset and the report on it.
@@ -105,7 +112,8 @@ def load_data(
     if labels and spec.streaming:
         raise UserError(f"method {method} needs its rows in a random order, which a stream does not have")
     ranked = NEEDS.get(method) == "ranked"
-    if ranked and spec.streaming:
+    prompts = NEEDS.get(method) == "prompts"
+    if (ranked or prompts) and spec.streaming:
         raise UserError(f"method {method} reads its rows at once; leave data.streaming out")
     sources = _sources(spec, part)
     inspected = [
@@ -115,14 +123,16 @@ def load_data(
     form = common_form(inspected)
     form = Form(COLUMNS, form.conversational) if labels else form
     form = Form(RANKED_COLUMNS, form.conversational) if ranked else form
-    ruler = Ruler(tokenizer, spec.max_length)
+    form = Form(PROMPT_COLUMNS, form.conversational) if prompts else form
+    limit = None if spec.max_length is None else spec.max_length - response_budget
+    ruler = Ruler(tokenizer, limit)
     _require(ruler, inspected, form)
     report = DataReport(
         part=part,
         method=method,
         columns=form.columns,
         conversational=form.conversational,
-        max_length=spec.max_length,
+        max_length=limit,
         overlong=spec.overlong,
         streaming=spec.streaming,
         sources=[_source_report(*pair, form, method) for pair in zip(sources, inspected, strict=True)],
@@ -131,6 +141,9 @@ def load_data(
     if ranked:
         assert encode is not None, "rrhf's rows are tokens"
         pipelines = [RankedPipeline(source, form, ruler, encode) for source in inspected]
+    elif prompts:
+        seen: set[bytes] = set()
+        pipelines = [PromptPipeline(source, form, ruler, spec.overlong, seen) for source in inspected]
     else:
         pipelines = [
             Pipeline(source, (source.form or form) if labels else form, ruler, spec.overlong)
@@ -212,6 +225,11 @@ def _source_report(source: Source, inspected: Inspected, form: Form, method: str
     if NEEDS[method] == "ranked":
         if "rejected" in reads:
             report.note("each pair is learned as two responses, with the scores 1 and 0")
+        return report
+    if NEEDS[method] == "prompts":
+        report.ignored = ()
+        if not _ANSWERS.isdisjoint(reads):
+            report.note("only the prompts are used; the policy gives its own answers")
         return report
     if inspected.form not in (None, form):
         report.note(
@@ -305,7 +323,7 @@ def _nothing_left(report: DataReport) -> UserError:
     reasons = ", ".join(f"{count} dropped ({report.say(reason)})" for reason, count in report.dropped.items())
     names = ", ".join(source.path for source in report.sources)
     middle = report.sources[0].lengths.percentile(50)
-    too_long = "overlong" in report.dropped or any(
+    too_long = not {"overlong", "no_room"}.isdisjoint(report.dropped) or any(
         source.responses is not None and source.responses.dropped["overlong"] for source in report.sources
     )
     hint = f"; half of the rows need {middle} tokens or more" if too_long else ""

@@ -71,6 +71,16 @@ class Ruler:
             return [self._joined(row, row["prompt"], row["completion"])]
         return [self._joined(row, None, row["messages"] if "messages" in row else row["text"])]
 
+    def render_prompt(self, prompt: Any) -> str:
+        """Return the text that an answer follows; under the chat template that is the beginning of its turn.
+
+        Raises:
+            BadRow: if the chat template refuses the messages.
+        """
+        if isinstance(prompt, str):
+            return prompt
+        return self._template(prompt, {}, add_generation_prompt=True)
+
     def _joined(self, row: Row, prompt: Any, answer: Any) -> str:
         whole = answer if prompt is None else prompt + answer
         if isinstance(whole, list):
@@ -102,9 +112,7 @@ class Ruler:
 
     def count(self, texts: Sequence[str], conversational: bool) -> list[int]:
         """Return the number of tokens of each rendered text."""
-        if not texts:
-            return []
-        return [len(ids) for ids in self._ids(list(texts), conversational)]
+        return [len(ids) for ids in self.ids(texts, conversational)]
 
     def measure(self, rendered: Sequence[list[str]], conversational: bool) -> list[Measured]:
         """Count the tokens of several rendered rows at once, which is much faster than one by one."""
@@ -126,14 +134,17 @@ class Ruler:
         alone = row["prompt"]
         if conversational:
             alone = self._template(alone, row, add_generation_prompt=True)
-        prompt, *wholes = self._ids([alone, *rendered], conversational)
+        prompt, *wholes = self.ids([alone, *rendered], conversational)
         if min(_shared(prompt, whole) for whole in wholes) >= self.max_length:
             raise Dropped("prompt_fills")
 
-    def _ids(self, texts: list[str], conversational: bool) -> list[list[int]]:
-        ids: list[list[int]] = self.tokenizer(texts, add_special_tokens=not conversational, verbose=False)[
-            "input_ids"
-        ]
+    def ids(self, texts: Sequence[str], conversational: bool) -> list[list[int]]:
+        """Return the tokens of rendered texts."""
+        if not texts:
+            return []
+        ids: list[list[int]] = self.tokenizer(
+            list(texts), add_special_tokens=not conversational, verbose=False
+        )["input_ids"]
         return ids
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 REASONS = {
     "overlong": "longer than max_length",
+    "no_room": "prompt longer than max_length less max_new_tokens",
     "prompt_fills": "prompt alone fills max_length",
     "null": "a column that is needed is null",
     "empty_prompt": "empty prompt",

@@ -254,21 +254,35 @@ def ranked_responses(row: Row) -> Row:
         >>> ranked_responses({"query": "1 + 1 =", "responses": ["2", "3"], "scores": [1, 0]})
         {'prompt': '1 + 1 =', 'responses': ['2', '3'], 'scores': [1.0, 0.0]}
     """
-    column = next(name for name in ("prompt", "query", "instruction") if row.get(name) is not None)
-    asked = row[column]
     texts, scores = _responses(row)
     if len(texts) < 2:
         raise Dropped("single_response")
-    prompt: Any
+    if is_transcript(row[_prompt_column(row)]):
+        texts = [text.strip() for text in texts]
+    return {"prompt": prompt_of(row), "responses": texts, "scores": scores}
+
+
+def prompt_of(row: Row) -> Any:
+    """Return a row's prompt: ``prompt`` or ``query`` (a transcript becomes messages), or ``instruction``.
+
+    Returns:
+        Text or messages.
+
+    Examples:
+        >>> prompt_of({"instruction": "Count."})
+        [{'role': 'user', 'content': 'Count.'}]
+    """
+    column = _prompt_column(row)
+    asked = row[column]
     if is_conversation(asked):
-        prompt = conversation(asked, column)
-    elif is_transcript(asked):
-        prompt, texts = opening(asked), [text.strip() for text in texts]
-    elif column == "instruction":
-        prompt = alpaca_prompt(row)
-    else:
-        prompt = text_of(row, column)
-    return {"prompt": prompt, "responses": texts, "scores": scores}
+        return conversation(asked, column)
+    if is_transcript(asked):
+        return opening(asked)
+    return alpaca_prompt(row) if column == "instruction" else text_of(row, column)
+
+
+def _prompt_column(row: Row) -> str:
+    return next(name for name in ("prompt", "query", "instruction") if row.get(name) is not None)
 
 
 def pair_as_ranked(pair: Row) -> Row:

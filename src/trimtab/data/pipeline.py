@@ -49,7 +49,9 @@ class Kept:
 
 
 @dataclass(frozen=True)
-class _Item:
+class Item:
+    """A converted row on its way: where it is from, its content as bytes, and the texts to be tokenized."""
+
     record: Record
     row: Row
     content: bytes
@@ -138,7 +140,7 @@ class Pipeline:
         Raises:
             UserError: at the first row that is not what its format says.
         """
-        batch: list[_Item] = []
+        batch: list[Item] = []
         for record in self._source.origin.records():
             report.read += 1
             try:
@@ -150,10 +152,9 @@ class Pipeline:
                 batch = []
         yield from self._measured(batch, report)
 
-    def _prepared(self, record: Record, report: SourceReport) -> _Item:
+    def _prepared(self, record: Record, report: SourceReport) -> Item:
         row = at_place(record, self._source.layout.read, record.row)
-        if Form.of(row) != self._source.form:
-            raise UserError(f"{record.place}: {self._mixed(Form.of(row))}")
+        self._require_form(record, row)
         row = reshaped(row, self._form.columns)
         check(row)
         content = canonical(row)
@@ -162,7 +163,11 @@ class Pipeline:
             self._note_tools(record, row, report)
         if self._form.conversational and not shows_reasoning(row, rendered):
             report.note("the tokenizer's chat template leaves out reasoning that the data has")
-        return _Item(record, row, content, rendered)
+        return Item(record, row, content, rendered)
+
+    def _require_form(self, record: Record, row: Row) -> None:
+        if Form.of(row) != self._source.form:
+            raise UserError(f"{record.place}: {self._mixed(Form.of(row))}")
 
     def _mixed(self, form: Form) -> str:
         expected = self._source.form
@@ -181,7 +186,7 @@ class Pipeline:
             if not at_place(record, self._ruler.shows_tools, row):
                 report.note("the tokenizer's chat template does not show tool definitions to the model")
 
-    def _measured(self, batch: list[_Item], report: SourceReport) -> Iterator[Kept]:
+    def _measured(self, batch: list[Item], report: SourceReport) -> Iterator[Kept]:
         conversational = self._form.conversational
         measured = self._ruler.measure([item.rendered for item in batch], conversational)
         for item, (length, too_long) in zip(batch, measured, strict=True):

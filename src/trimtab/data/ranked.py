@@ -65,8 +65,7 @@ class RankedPipeline(Pipeline):
 
     def _fitting(self, record: Record, report: SourceReport, counts: Responses) -> Row:
         row = at_place(record, self._source.layout.read, record.row)
-        if Form.of(row) != self._source.form:
-            raise UserError(f"{record.place}: {self._mixed(Form.of(row))}")
+        self._require_form(record, row)
         check_prompt(row["prompt"])
         canonical(row)  # before it is tokenized: a lone surrogate is no text
         said = [place for place, response in enumerate(row["responses"]) if not is_empty(response)]

@@ -86,6 +86,7 @@ class SourceReport:
         lengths: in tokens, of all rows that were measured; of a pair, the longer side.
         responses: what became of the responses of prompts that were kept; None where rows are no prompts
             with responses.
+        repeated: prompts kept that were there before; None where rows are more than prompts.
         ignored: columns that nothing was read from.
         notes: what a user should know besides.
     """
@@ -101,6 +102,7 @@ class SourceReport:
     truncated: int = 0
     lengths: Lengths = field(default_factory=Lengths)
     responses: Responses | None = None
+    repeated: int | None = None
     ignored: tuple[str, ...] = ()
     notes: list[str] = field(default_factory=list)
     tools_checked: bool = field(default=False, repr=False)
@@ -155,6 +157,7 @@ class SourceReport:
             "ignored_columns": list(self.ignored),
             "notes": list(self.notes),
             **({} if self.responses is None else {"responses": self.responses.to_dict()}),
+            **({} if self.repeated is None else {"repeated_prompts": self.repeated}),
         }
 
 
@@ -243,7 +246,7 @@ class DataReport:
 
     def say(self, reason: str) -> str:
         """Return a reason in words, with the limit where it is about one."""
-        if reason in ("overlong", "prompt_fills"):
+        if reason in ("overlong", "no_room", "prompt_fills"):
             return f"{REASONS[reason]} = {self.max_length}"
         return REASONS[reason]
 
@@ -274,6 +277,8 @@ class DataReport:
                 yield Text(f"  {where}{count:,} dropped: {self.say(reason)}")
             if source.responses is not None:
                 yield from (Text(f"  {where}{line}") for line in self._about(source.responses))
+            if source.repeated:
+                yield Text(f"  {where}prompts that came before: {source.repeated:,} (kept)")
             for sentence in source.notes:
                 yield Text(f"  {where}{sentence}")
 
