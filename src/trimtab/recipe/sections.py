@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import model_validator
 
+from trimtab.recipe.section import Section as Section
+from trimtab.recipe.section import Source as Source
+from trimtab.recipe.section import Sources
 from trimtab.recipe.values import (
     Flag,
     NonNegative,
@@ -18,7 +21,6 @@ from trimtab.recipe.values import (
     PositiveShare,
     Share,
     ShareBelowOne,
-    Text,
     TextOrTexts,
     Texts,
 )
@@ -61,39 +63,6 @@ MERGING_DEFAULTS = {
     "without_delta": [],
 }
 """What the settings of merging are when a merging optimizer is named and they are not given."""
-
-
-class Section(BaseModel):
-    """A part of a recipe: frozen, and unknown keys are refused."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-
-class Source(Section):
-    """One place that rows come from."""
-
-    path: Text
-    """A file (JSONL, JSON, Parquet, CSV; also .gz), a folder of them, or a hub id."""
-    weight: Positive = 1.0
-    """Passes over this source in one epoch: 0.5 takes a random half of its rows, 2 takes every row twice."""
-    split: Text | None = None
-    """Split of a hub dataset, or a word in a folder's file names.
-
-    null: train; for eval: validation, else test.
-    """
-    subset: Text | None = None
-    """Configuration of a hub dataset."""
-    limit: PositiveCount | None = None
-    """Use only the first rows, this many."""
-
-
-def _as_sources(value: Any) -> Any:
-    """One path, one mapping, or a list of either, as a list of mappings."""
-    items = value if isinstance(value, list | tuple) else [value]
-    return tuple({"path": item} if isinstance(item, str) else item for item in items)
-
-
-Sources = Annotated[tuple[Source, ...], BeforeValidator(_as_sources), Field(min_length=1)]
 
 
 class Data(Section):
