@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from trimtab.ops.kernels.job import Stored
 from trimtab.ops.kernels.torch_engine import master_dtype, read_master
@@ -47,3 +48,18 @@ def anchor_like(p: Tensor, residual: Tensor | None, stored: Stored) -> Tensor:
     rest = None if residual is None else residual_bits(p, residual)
     local_of(anchor).copy_(read_master(local_of(p), rest, stored))
     return anchor
+
+
+def restore_dtypes(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+    """Undo the cast of float state to the parameter's dtype that ``Optimizer.load_state_dict`` makes.
+
+    Args:
+        optimizer: it has just loaded ``state_dict``.
+        state_dict: what it was given.
+    """
+    saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for saved_id, p in zip(saved_ids, parameters, strict=True):
+        for key, value in state_dict["state"].get(saved_id, {}).items():
+            if isinstance(value, Tensor) and optimizer.state[p][key].dtype != value.dtype:
+                optimizer.state[p][key] = value.detach().to(p.device, copy=True)

@@ -19,6 +19,7 @@ from trimtab.optim.diagnostics import Diagnostics
 from trimtab.optim.jobs import Kernel, Runner, Slot
 from trimtab.optim.measuring import DiagnosticsMeter
 from trimtab.optim.merging import SINCE, Merging, named
+from trimtab.optim.precision import restore_dtypes
 from trimtab.optim.settling import check_gradients, measure_together
 from trimtab.optim.sharding import ShardGroup, aligned_grad, local_part, refuse_flattened
 
@@ -243,19 +244,10 @@ class MergingShell(Optimizer):
             _check_saved_names(i, ours["param_names"], saved.get("param_names", ours["param_names"]))
 
     def _after_load(self, state_dict: dict[str, Any]) -> None:
-        self._restore_dtypes(state_dict)
+        restore_dtypes(self, state_dict)
         self._forget_jobs()
         checked = [group for group in self.param_groups if group.get(_CHECKED)]
         self._policy_checked.update(name for name, _ in named(checked))
-
-    def _restore_dtypes(self, state_dict: dict[str, Any]) -> None:
-        """Undo the cast of float state to the parameter's dtype that ``Optimizer.load_state_dict`` makes."""
-        saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]
-        parameters = [p for group in self.param_groups for p in group["params"]]
-        for saved_id, p in zip(saved_ids, parameters, strict=True):
-            for key, value in state_dict["state"].get(saved_id, {}).items():
-                if isinstance(value, Tensor) and self.state[p][key].dtype != value.dtype:
-                    self.state[p][key] = value.detach().to(p.device, copy=True)
 
 
 def schedule(

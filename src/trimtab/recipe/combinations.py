@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from trimtab.recipe.losses import DPOLoss, KTOLoss, RewardLoss, RRHFLoss
 from trimtab.recipe.recipe import Recipe
-from trimtab.recipe.sections import MERGE_SETTINGS, MERGING, Optimizer, Schedule
+from trimtab.recipe.sections import BETAS, MERGE_SETTINGS, MERGING, Optimizer, Schedule
 from trimtab.yaml_file import Key, Problem
 
 NAME: Key = ("optimizer", "name")
@@ -21,6 +21,7 @@ def combination_problems(recipe: Recipe) -> Iterator[Problem]:
         yield from _pairing(recipe.optimizer)
     else:
         yield from _not_merging(recipe)
+    yield from _plain(recipe)
     yield from _schedules(recipe)
     yield from _loss_and_data(recipe)
 
@@ -91,7 +92,8 @@ def _pairing(optimizer: Optimizer) -> Iterator[Problem]:
         )
     if free and optimizer.state_dtype is not None:
         yield Problem(
-            ("optimizer", "state_dtype"), "goes with ondare and onties; online_merging wraps torch's AdamW"
+            ("optimizer", "state_dtype"),
+            "goes with ondare and onties; online_merging takes inner: adamw_8bit",
         )
     sparsify = {"ondare": "bernoulli", "onties": "top"}.get(optimizer.name, optimizer.sparsify)
     if optimizer.rescale == "expected" and sparsify in ("top", "none"):
@@ -100,6 +102,33 @@ def _pairing(optimizer: Optimizer) -> Iterator[Problem]:
             f"expected undoes random dropping, and {sparsify} drops nothing at random; take none or l1",
             also=(NAME, ("optimizer", "sparsify")),
         )
+
+
+def _plain(recipe: Recipe) -> Iterator[Problem]:
+    """The optimizer that takes the step, alone or wrapped, and the settings that are only another's."""
+    optimizer, plain = recipe.optimizer, recipe.optimizer.plain
+    named: Key = NAME if optimizer.name == plain else ("optimizer", "inner")
+    if optimizer.inner is not None and optimizer.name != "online_merging":
+        yield Problem(
+            ("optimizer", "inner"),
+            f"goes with online_merging, which wraps another optimizer; {optimizer.name} does not",
+            also=(NAME,),
+        )
+    if optimizer.galore is not None and plain != "galore":
+        yield Problem(("optimizer", "galore"), f"has no effect with {plain}; name galore", also=(NAME,))
+    if plain == "galore" and recipe.adapter is not None:
+        yield Problem(
+            named,
+            "galore projects whole matrices to a low rank, and an adapter's are of low rank already; leave "
+            "adapter out, or take adamw",
+            also=(("adapter",),),
+        )
+    if plain == "adafactor":
+        given = {"betas": optimizer.betas != BETAS, "eps": optimizer.eps is not None}
+        for field in (field for field, is_given in given.items() if is_given):
+            yield Problem(
+                ("optimizer", field), "has no effect with adafactor, which has none of Adam's", also=(named,)
+            )
 
 
 def _not_merging(recipe: Recipe) -> Iterator[Problem]:

@@ -64,6 +64,9 @@ MERGING_DEFAULTS = {
 }
 """What the settings of merging are when a merging optimizer is named and they are not given."""
 
+BETAS = (0.9, 0.999)
+"""Adam's decay rates when they are not given."""
+
 
 class Data(Section):
     """What to train on, and what to measure on."""
@@ -107,14 +110,37 @@ class Group(Section):
     merge_every: PositiveCount | None = None
 
 
-class Optimizer(Section):
-    """AdamW, or an online merging optimizer around it: theta + ((1 - alpha) F(update)) (+) (alpha F(tau))."""
+class GaLore(Section):
+    """Adam in a low-rank subspace of each matrix's gradient (GaLore, arXiv 2403.03507)."""
 
-    name: Literal["adamw", "ondare", "onties", "online_merging"] = "adamw"
-    """online_merging takes any pairing of sparsify and consensus."""
+    rank: PositiveCount = 128
+    """r: how many singular vectors of the gradient are kept."""
+    update_proj_gap: PositiveCount = 200
+    """T: steps after which a matrix takes new singular vectors."""
+    scale: Positive = 0.25
+    """alpha of the paper: factor on what is projected back."""
+    plain: Patterns | None = None
+    """Regular expressions for matrices that are not projected; null: embeddings and heads."""
+
+
+Plain = Literal["adamw", "adafactor", "adamw_8bit", "galore"]
+"""The optimizers that merge nothing, and that online_merging can wrap."""
+
+
+class Optimizer(Section):
+    """AdamW and its kin, or online merging around one: theta + ((1 - alpha) F(update)) (+) (alpha F(tau))."""
+
+    name: Literal["adamw", "adafactor", "adamw_8bit", "galore", "ondare", "onties", "online_merging"] = (
+        "adamw"
+    )
+    """online_merging takes any pairing of sparsify and consensus, and wraps the optimizer named by inner."""
+    inner: Plain | None = None
+    """What online_merging wraps; adamw when not given."""
+    galore: GaLore | None = None
+    """Settings of galore, by name or as inner."""
     lr: NonNegative
     """Learning rate at its peak; default 1e-6 for dpo, ipo and kto, 1e-5 for reward, 2e-5 for sft, rrhf."""
-    betas: tuple[ShareBelowOne, ShareBelowOne] = (0.9, 0.999)
+    betas: tuple[ShareBelowOne, ShareBelowOne] = BETAS
     eps: Positive | None = None
     """Adam's epsilon; given by the fidelity when not set (1e-8; released: 1e-6)."""
     weight_decay: NonNegative = 0.0
@@ -159,21 +185,33 @@ class Optimizer(Section):
     @model_validator(mode="before")
     @classmethod
     def _fill(cls, values: Any) -> Any:
-        """Spell out the defaults of merging, which depend on the name."""
-        if not isinstance(values, dict) or values.get("name") not in MERGING:
+        """Spell out the defaults that depend on the name: those of merging, and of what it wraps."""
+        if not isinstance(values, dict):
             return values
-        defaults = dict(MERGING_DEFAULTS)
-        if values["name"] != "online_merging":
+        defaults = dict(MERGING_DEFAULTS) if values.get("name") in MERGING else {}
+        plain = values.get("name")
+        if plain == "online_merging":
+            plain = defaults["inner"] = values.get("inner") or "adamw"
+            if values.get("sparsify") == "none":
+                del defaults["reserve_rate"]
+        elif defaults:
             defaults["fidelity"] = "paper"
-        elif values.get("sparsify") == "none":
-            del defaults["reserve_rate"]
+        if plain == "galore":
+            defaults["galore"] = {}
         given = {key: value for key, value in values.items() if value is not None}
-        return {**defaults, **given}
+        return {**defaults, **given} if defaults else values
 
     @property
     def merges(self) -> bool:
         """Whether this optimizer merges a reference delta in."""
         return self.name in MERGING
+
+    @property
+    def plain(self) -> Plain:
+        """Whose update it is that is taken, or merged: OnDARE and OnTIES have AdamW's."""
+        if self.name == "ondare" or self.name == "onties":
+            return "adamw"
+        return self.inner or "adamw" if self.name == "online_merging" else self.name
 
 
 class Schedule(Section):

@@ -32,6 +32,15 @@ _MEASURED = (
 )
 
 
+_OPTIMIZERS = {
+    "adamw": "AdamW",
+    "adafactor": "Adafactor (arXiv 1804.04235)",
+    "adamw_8bit": "AdamW with 8-bit moments (arXiv 2110.02861)",
+    "galore": "GaLore's AdamW (arXiv 2403.03507)",
+    "ondare": "OnDARE",
+    "onties": "OnTIES",
+    "online_merging": "online merging",
+}
 _OF_TRL = "TRL's own numbers on the held-out rows: means of batch means"
 _KINDS = {"rrhf": "means over the held-out prompts"}
 
@@ -45,7 +54,10 @@ def model_card(folder: RunFolder, parts: Parts) -> str:
     """
     recipe = parts.recipe
     head = yaml.safe_dump(
-        {"library_name": "peft" if recipe.adapter else "transformers", "tags": ["trimtab", recipe.method]}
+        {
+            "library_name": "peft" if recipe.adapter or parts.policy.is_adapter else "transformers",
+            "tags": ["trimtab", recipe.method],
+        }
     )
     sections = [
         f"---\n{head}---\n\n# {folder.path.name}\n",
@@ -63,8 +75,10 @@ def model_card(folder: RunFolder, parts: Parts) -> str:
 
 def _optimizer(parts: Parts) -> str:
     section = parts.recipe.optimizer
-    names = {"adamw": "AdamW", "ondare": "OnDARE", "onties": "OnTIES", "online_merging": "online merging"}
-    text = f"{names[section.name]} (lr {section.lr:g}"
+    name = _OPTIMIZERS[section.name]
+    if section.name == "online_merging":
+        name += f" around {_OPTIMIZERS[section.plain]}"
+    text = f"{name} (lr {section.lr:g}"
     if section.merges:
         text += f", merge weight {section.merge_weight:g}, reserve rate {section.reserve_rate or 1:g}"
         text += f", a merge every {section.merge_every or 1} steps, arXiv 2405.17931"

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from trimtab.delta.held import SPARSE_SHARE
-from trimtab.ops.formats import INT8_BLOCK
 from trimtab.recipe import Recipe
 from trimtab.train.models import ModelFolder, lora_config
 from trimtab.train.parts import Parts
+from trimtab.train.state_sizes import FP32, STORED, state_sizes
 
-FP32 = 4
-STORED = {"float32": 4.0, "bfloat16": 2.0, "int8": 1 + 4 / INT8_BLOCK}
-"""Bytes per entry of what the optimizer stores; int8 with its scales."""
 SPARSE_ENTRY = 6
 """Bytes per kept entry of a sparse τ: two for where it is, four for its value."""
 
@@ -50,23 +48,25 @@ class Size:
 def measure(parts: Parts) -> Size:
     """Size up a training from configurations, headers and rows."""
     recipe, arguments = parts.recipe, parts.arguments
-    parameters, trainable = count_parameters(parts.policy, recipe)
+    model = empty_model(parts.policy, recipe)
+    parameters = sum(p.numel() for p in model.parameters())
+    trained = {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
     rows = None if recipe.data.streaming else len(parts.train)
     batch = (
         arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
     )
     return Size(
         parameters=parameters,
-        trainable=trainable,
+        trainable=sum(map(math.prod, trained.values())),
         rows=rows,
         batch=batch,
         steps=count_steps(rows, arguments),
-        memory=memory(parts, parameters, trainable),
+        memory=memory(parts, parameters, trained),
     )
 
 
-def count_parameters(model: ModelFolder, recipe: Recipe) -> tuple[int, int]:
-    """Return the numbers of all and of trained parameters, tied ones once, from a model without storage."""
+def empty_model(model: ModelFolder, recipe: Recipe) -> Any:
+    """Return the model that will be trained, adapter included, without storage."""
     from peft import PeftConfig, get_peft_model
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -85,8 +85,7 @@ def count_parameters(model: ModelFolder, recipe: Recipe) -> tuple[int, int]:
             empty = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         if adapter is not None:
             empty = get_peft_model(empty, adapter)
-    counts = [(p.numel(), p.requires_grad) for p in empty.parameters()]
-    return sum(count for count, _ in counts), sum(count for count, trained in counts if trained)
+    return empty
 
 
 def count_steps(rows: int | None, arguments: Any) -> int:
@@ -104,22 +103,29 @@ def count_steps(rows: int | None, arguments: Any) -> int:
     return math.ceil(per_epoch * arguments.num_train_epochs)
 
 
-def memory(parts: Parts, parameters: int, trainable: int) -> dict[str, int]:
+def memory(parts: Parts, parameters: int, trained: Mapping[str, Sequence[int]]) -> dict[str, int]:
     """Estimate the bytes that stay allocated in each process, by what they are for.
 
     Weights and gradients in fp32; moments and τ as the optimizer holds them, and τ itself beside F(τ) where
-    that changes with p alone; one more copy for step-K's anchor. What depends on the batch (activations,
-    logits) is not in it.
+    that changes with p alone; one more copy for step-K's anchor, or for what OnlineMerging tells its update
+    by. What depends on the batch (activations, logits) is not in it.
+
+    Args:
+        parts: what is trained.
+        parameters: how many the model has.
+        trained: shapes of the trained ones by name.
     """
     optimizer, gap = parts.recipe.optimizer, _gap(parts.recipe)
+    trainable = sum(map(math.prod, trained.values()))
     keeps_both = _is_fixed(parts) and parts.recipe.schedule.reserve_rate is not None
     sizes = {
         "weights": FP32 * parameters,
         "gradients": FP32 * trainable,
-        "Adam's moments": int(2 * STORED[optimizer.state_dtype or "float32"] * trainable),
+        **state_sizes(optimizer, trained),
         "reference delta": int(_delta_bytes(parts) * trainable * optimizer.merges),
         "delta before F": FP32 * trainable * keeps_both,
         "anchor of step-K": FP32 * trainable * (optimizer.merges and gap > 1),
+        "weights before the step": FP32 * trainable * (optimizer.name == "online_merging" and gap == 1),
         "reference model": FP32 * parameters * _loads_reference(parts),
     }
     return {name: size for name, size in sizes.items() if size}

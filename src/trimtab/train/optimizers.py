@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,7 +11,8 @@ import torch
 
 from trimtab.delta import ReferenceDelta
 from trimtab.errors import UserError
-from trimtab.optim import OnDARE, OnlineMerging, OnTIES, parameter_groups, schedule
+from trimtab.ops.moments import torchao_state
+from trimtab.optim import GaLoreAdamW, OnDARE, OnlineMerging, OnTIES, parameter_groups, schedule
 from trimtab.optim.groups import Groups
 from trimtab.recipe import Optimizer as OptimizerSection
 from trimtab.recipe import Recipe
@@ -97,20 +99,53 @@ def _maker(
     section: OptimizerSection, delta: ReferenceDelta | None, seed: int
 ) -> Callable[[Groups], torch.optim.Optimizer]:
     """Return what builds the section's optimizer; settings not given keep the optimizer's defaults."""
-    adam: dict[str, Any] = {"lr": section.lr, "betas": section.betas}
-    if section.eps is not None:
-        adam["eps"] = section.eps
+    plain = _plain_maker(section)
     if not section.merges:
-        return lambda groups: torch.optim.AdamW(groups, **adam)
+        return plain
     if delta is None:
         raise UserError(f"optimizer {section.name} merges a reference delta; give base or delta")
     given = section.model_dump(exclude_none=True, include=set(MERGE_SETTINGS))
-    merging = {key: value for key, value in given.items() if key not in ("fidelity", "state_dtype")}
-    merging["seed"] = seed
     if section.name == "online_merging":
-        return lambda groups: OnlineMerging(torch.optim.AdamW(groups, **adam), delta, **merging)
+        # torchao's class is none that OnlineMerging knows; all four decay as AdamW does.
+        return lambda groups: OnlineMerging(plain(groups), delta, decoupled_decay=True, seed=seed, **given)
     kind = {"ondare": OnDARE, "onties": OnTIES}[section.name]
-    return lambda groups: kind(groups, delta, **adam, **given, seed=seed)
+    return lambda groups: kind(groups, delta, **_adam(section), **given, seed=seed)
+
+
+def _plain_maker(section: OptimizerSection) -> Callable[[Groups], torch.optim.Optimizer]:
+    """Return what builds the optimizer that takes the step, alone or inside online merging.
+
+    Raises:
+        UserError: torchao is wanted and is not installed.
+    """
+    if section.plain == "adafactor":
+        return lambda groups: torch.optim.Adafactor(groups, lr=section.lr)
+    adam = _adam(section)
+    if section.plain == "adamw_8bit":
+        kind = _adamw_8bit()
+        return lambda groups: kind(groups, **adam)
+    if section.plain == "galore":
+        assert section.galore is not None
+        galore = section.galore.model_dump()
+        return lambda groups: GaLoreAdamW(groups, **adam, **galore)
+    return lambda groups: torch.optim.AdamW(groups, **adam)
+
+
+def _adam(section: OptimizerSection) -> dict[str, Any]:
+    """Adam's settings; an epsilon that is not given is the optimizer's own default."""
+    eps = {} if section.eps is None else {"eps": section.eps}
+    return {"lr": section.lr, "betas": section.betas, **eps}
+
+
+def _adamw_8bit() -> Any:
+    try:
+        torchao_state()
+    except ValueError as error:
+        raise UserError(
+            "optimizer adamw_8bit keeps Adam's moments in torchao's 8-bit blocks, and torchao cannot be "
+            "imported here; install it with: pip install 'trimtab[lowbit]'"
+        ) from error
+    return importlib.import_module("torchao.optim").AdamW8bit
 
 
 def unwrapped(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:

@@ -193,6 +193,56 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
         "optimizer.reserve_rate has no effect with sparsify none",
     ),
     (
+        "near optimizer",
+        SFT,
+        {"optimizer.name": "adamw_8bits"},
+        "optimizer.name 'adamw_8bits' is not known; did you mean 'adamw_8bit'?",
+    ),
+    (
+        "an inner optimizer by itself",
+        SFT,
+        {"optimizer.inner": "galore"},
+        "optimizer.inner goes with online_merging, which wraps another optimizer; adamw does not",
+    ),
+    (
+        "galore's settings without it",
+        SFT,
+        {"optimizer.galore": {"rank": 8}},
+        "optimizer.galore has no effect with adamw; name galore",
+    ),
+    (
+        "galore's rank",
+        SFT,
+        {"optimizer": {"name": "galore", "galore": {"rank": 0}}},
+        "optimizer.galore.rank must be at least 1, not 0",
+    ),
+    (
+        "galore on an adapter",
+        SFT,
+        {"optimizer.name": "galore", "adapter": {"r": 8}},
+        "optimizer.name galore projects whole matrices to a low rank, and an adapter's are of low",
+    ),
+    (
+        "adafactor's betas",
+        DPO,
+        {
+            "optimizer": {
+                "name": "online_merging",
+                "inner": "adafactor",
+                "sparsify": "top",
+                "consensus": "sign",
+                "betas": [0.9, 0.99],
+            }
+        },
+        "optimizer.betas has no effect with adafactor",
+    ),
+    (
+        "adafactor's epsilon",
+        SFT,
+        {"optimizer": {"name": "adafactor", "eps": 1e-8}},
+        "optimizer.eps has no effect with adafactor",
+    ),
+    (
         "two warm-ups",
         SFT,
         {"schedule.lr": {"warmup_steps": 1, "warmup_ratio": 0.1}},

@@ -56,12 +56,18 @@ def tensors_of(trainer: Any) -> dict[str, int]:
         "weights": size(trainer.model.parameters()),
         "gradients": size(p for p in trainer.model.parameters() if p.requires_grad),
         "Adam's moments": state("exp_avg", "exp_avg_sq"),
+        "Adafactor's averages": state("row_var", "col_var", "variance"),
+        "GaLore's projectors": state("projector"),
+        "weights before the step": size(getattr(optimizer, "_before", {}).values()),
         "reference delta": sum(entry.tau.nbytes for entry in held),
         "delta before F": size(entry.source for entry in held if entry.source is not None),
         "anchor of step-K": state("merge_anchor"),
         "reference model": size(trainer.ref_model.parameters()) if trainer.ref_model is not None else 0,
     }
     return {name: size for name, size in sizes.items() if size}
+
+
+WRAPPING = {"name": "online_merging", "sparsify": "bernoulli", "consensus": "linear"}
 
 
 @pytest.mark.parametrize(
@@ -74,8 +80,24 @@ def tensors_of(trainer: Any) -> dict[str, int]:
         ({"state_dtype": "bfloat16", "delta_storage": "bfloat16"}, {}, {}),
         (tiny.ADAMW, {"precompute_ref_log_probs": True}, {"base": None}),
         (tiny.ADAMW, {}, {"base": None, "adapter": {"r": 4, "alpha": 8}}),
+        ({**tiny.ADAMW, "name": "adafactor"}, {}, {"base": None}),
+        ({**tiny.ADAMW, "name": "galore", "galore": {"rank": 8, "plain": "embed"}}, {}, {"base": None}),
+        ({**WRAPPING, "inner": "galore", "galore": {"rank": 4}}, {}, {}),
+        ({**WRAPPING, "inner": "adafactor", "merge_every": 2}, {}, {}),
     ],
-    ids=["ondare", "onties K=2", "released", "onties with p moving", "half", "adamw precomputed", "lora"],
+    ids=[
+        "ondare",
+        "onties K=2",
+        "released",
+        "onties with p moving",
+        "half",
+        "adamw precomputed",
+        "lora",
+        "adafactor",
+        "galore",
+        "merging galore",
+        "merging adafactor K=2",
+    ],
 )
 def test_the_memory_estimate_is_what_a_training_holds(
     optimizer: dict[str, Any], training: dict[str, Any], more: dict[str, Any],

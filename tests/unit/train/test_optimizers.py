@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import torch
 
 from tests import tiny
 from trimtab import OnDARE, OnlineMerging, OnTIES, ReferenceDelta, UserError
+from trimtab.optim import GaLoreAdamW
 from trimtab.optim.diagnostics import log_values
 from trimtab.recipe import make_recipe
 from trimtab.train.optimizers import OptimizerPlan
@@ -84,6 +87,49 @@ def test_any_pairing_goes_around_adamw(tiny_models: Any, policy: Any, delta: Any
     assert type(optimizer.optimizer) is torch.optim.AdamW
     operator = optimizer.merging.preset.operator
     assert (operator.sparsify, operator.consensus) == ("bernoulli", "sign")
+
+
+PLAIN = {
+    "adafactor": (torch.optim.Adafactor, {}),
+    "galore": (GaLoreAdamW, {"galore": {"rank": 4, "scale": 0.5}, "betas": [0.8, 0.9], "eps": 1e-7}),
+}
+
+
+@pytest.mark.parametrize("name", PLAIN)
+@pytest.mark.parametrize("wrapped", [False, True], ids=["alone", "wrapped"])
+def test_other_optimizers_alone_and_wrapped(
+    name: str, wrapped: bool, tiny_models: Any, policy: Any, delta: Any, tmp_path: Path
+) -> None:
+    kind, settings = PLAIN[name]
+    section = {"name": name, "lr": 1e-4, "weight_decay": 0.2, **settings}
+    if wrapped:
+        section |= {"name": "online_merging", "inner": name, "sparsify": "top", "consensus": "sign"}
+    plan = plan_for(tiny_models, delta if wrapped else None, tmp_path, optimizer=section)
+    optimizer = build(plan, policy)
+    if wrapped:
+        assert type(optimizer) is OnlineMerging
+        assert optimizer.decoupled_decay is True
+        optimizer = optimizer.optimizer
+    assert type(optimizer) is kind
+    decayed, plain = optimizer.param_groups
+    assert [decayed["weight_decay"], plain["weight_decay"]] == [0.2, 0.0]
+    assert decayed["lr"] == 1e-4
+    if name == "galore":
+        assert [decayed[key] for key in ("rank", "update_proj_gap", "scale")] == [4, 200, 0.5]
+        assert (decayed["betas"], decayed["eps"]) == ((0.8, 0.9), 1e-7)
+
+
+def test_without_torchao_the_line_that_installs_it_is_given(
+    tiny_models: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torchao", None)
+    monkeypatch.delitem(sys.modules, "torchao.optim.subclass_8bit", raising=False)
+    sentence = (
+        "optimizer adamw_8bit keeps Adam's moments in torchao's 8-bit blocks, and torchao cannot be imported "
+        "here; install it with: pip install 'trimtab[lowbit]'"
+    )
+    with pytest.raises(UserError, match=re.escape(sentence)):
+        plan_for(tiny_models, None, tmp_path, optimizer={"name": "adamw_8bit", "lr": 1e-4})
 
 
 def test_schedules_scale_what_each_group_starts_with(
