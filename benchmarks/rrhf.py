@@ -26,7 +26,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from trimtab.losses import rrhf_loss, rrhf_terms
-from trimtab.train.rrhf_batches import Batch, RRHFCollator, plain_head, response_log_probabilities
+from trimtab.rewards.ranked_batches import Batch, RRHFCollator, plain_head, response_log_probabilities
 
 SHAPE = {
     "vocab_size": 49152,

@@ -28,14 +28,14 @@ class Interval:
         return not self.low <= value <= self.high
 
 
-def wilson(successes: int, trials: int, confidence: float = 0.95) -> Interval:
+def wilson(successes: float, trials: int, confidence: float = 0.95) -> Interval:
     """Wilson's score interval for a share.
 
     Centre (s + z²/2) / (n + z²), half-width z/(n + z²) · √(s(n − s)/n + z²/4); Wilson, J. Am. Stat. Assoc. 22
     (1927). Unlike the normal interval it stays within [0, 1] and keeps its width at 0 and at n successes.
 
     Args:
-        successes: number of successes, 0 … trials.
+        successes: number of successes, 0 … trials; a share of trials need not make a whole number.
         trials: number of trials, at least 1.
         confidence: in (0, 1).
 

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import re
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
@@ -18,6 +15,7 @@ from trimtab.merge.estimate import Estimate, estimated
 from trimtab.merge.folder import check_inputs_apart, check_out, check_space, folder_named
 from trimtab.merge.plan import Plan, make_plan
 from trimtab.merge.run import run_plan
+from trimtab.named_function import function_named
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -94,7 +92,7 @@ def _sweep(
         out,
         densities=None if densities is None else parse_numbers("--densities", densities),
         weights=sweep.WEIGHTS if weights is None else parse_numbers("--weights", weights),
-        score=None if score is None else named_function(score),
+        score=None if score is None else function_named(score, "--score"),
         overwrite=overwrite,
         shard_size=shard_size,
         progress=True,
@@ -124,27 +122,6 @@ def parse_numbers(option: str, text: str) -> list[float]:
         return [float(part) for part in text.split(",")]
     except ValueError:
         raise UserError(f"{option} {text!r} is no list of numbers; write them as 0.2,0.5,0.8") from None
-
-
-def named_function(text: str) -> Callable[[Path], float]:
-    """Import what ``module:function`` names; modules of the current folder count.
-
-    Raises:
-        UserError: there is no such thing.
-    """
-    module, colon, name = text.partition(":")
-    if not colon or not module or not name:
-        raise UserError(f"--score {text!r} names no function; write module:function")
-    sys.path.insert(0, "")
-    try:
-        found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"--score {text!r} cannot be imported: {error}") from None
-    finally:
-        sys.path.remove("")
-    if not callable(found):
-        raise UserError(f"--score {text!r} is no function")
-    return found  # type: ignore[no-any-return]
 
 
 def parse_size(text: str) -> int:

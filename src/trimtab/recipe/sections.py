@@ -7,6 +7,8 @@ from typing import Any, Literal
 
 from pydantic import model_validator
 
+from trimtab.recipe.reward_source import RewardSource as RewardSource
+from trimtab.recipe.reward_source import RewardSources as RewardSources
 from trimtab.recipe.section import Section as Section
 from trimtab.recipe.section import Source as Source
 from trimtab.recipe.section import Sources

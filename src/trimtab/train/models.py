@@ -2,59 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import torch
+from typing import Any
 
 from trimtab.delta import ReferenceDelta
 from trimtab.delta.checkpoint import open_checkpoint
-from trimtab.delta.locate import locate
 from trimtab.errors import UserError
+from trimtab.model_folder import ModelFolder, find_model, load_model, load_tokenizer
 from trimtab.recipe import Adapter, Recipe
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-ADAPTER_CONFIG = "adapter_config.json"
-
-
-@dataclass(frozen=True)
-class ModelFolder:
-    """A model on this machine whose files have been looked at, but not loaded.
-
-    Args:
-        folder: where it lies.
-        label: how the recipe calls it, with the revision where it came from the hub.
-        is_adapter: whether it is a PEFT adapter and not a whole model.
-    """
-
-    folder: Path
-    label: str
-    is_adapter: bool
-
-
-def find_model(source: str, key: str) -> ModelFolder:
-    """Find a model and check that its weights are whole safetensors files, reading headers only.
-
-    Args:
-        source: a model folder or a hub id.
-        key: where the recipe names it, for the sentence when it is not there.
-
-    Raises:
-        UserError: if it cannot be found, is pickled or truncated, or has no configuration.
-    """
-    try:
-        located = locate(source)
-        is_adapter = (located.folder / ADAPTER_CONFIG).is_file()
-        open_checkpoint(located.folder, adapter=is_adapter)
-    except UserError as error:
-        raise UserError(f"{key}: {error}") from error
-    config = ADAPTER_CONFIG if is_adapter else "config.json"
-    if not (located.folder / config).is_file():
-        raise UserError(f"{key}: {source!r} has no {config}; give a folder that save_pretrained wrote")
-    return ModelFolder(located.folder, located.label, is_adapter)
+__all__ = [
+    "ModelFolder",
+    "find_model",
+    "load_delta",
+    "load_model",
+    "load_tokenizer",
+    "lora_config",
+    "refuse_other_shape",
+]
 
 
 def refuse_other_shape(policy: ModelFolder, reference: ModelFolder) -> None:
@@ -75,59 +39,6 @@ def refuse_other_shape(policy: ModelFolder, reference: ModelFolder) -> None:
                 f"reference {reference.label!r} is not of the shape of model {policy.label!r}: {name} is "
                 f"{there[1]} in the reference and {there[0]} in the model; take two versions of one model"
             )
-
-
-def load_tokenizer(model: ModelFolder) -> PreTrainedTokenizerBase:
-    """Load the model's tokenizer; where it has no padding token, the end-of-sequence token pads, as in TRL.
-
-    Raises:
-        UserError: if there is none, or it has neither a padding nor an end-of-sequence token.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model.folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(
-            f"{model.label!r} has no tokenizer that can be loaded ({_first_line(error)}); "
-            "save one there with tokenizer.save_pretrained"
-        ) from error
-    if tokenizer.eos_token is None:
-        raise UserError(
-            f"the tokenizer of {model.label!r} has no end-of-sequence token, so answers would have no end; "
-            "set eos_token in its tokenizer_config.json"
-        )
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
-def load_model(model: ModelFolder, settings: dict[str, Any], *, trainable: bool) -> PreTrainedModel:
-    """Load a causal language model, in fp32 unless ``settings`` name another dtype.
-
-    transformers 5 would load in the checkpoint's dtype, often bf16, where an update of 1e-6 rounds to
-    nothing.
-
-    Args:
-        model: what :func:`find_model` found.
-        settings: further arguments of ``from_pretrained`` (the recipe's ``training.model_init_kwargs``).
-        trainable: whether a PEFT adapter found there is to be trained on.
-
-    Raises:
-        UserError: if transformers cannot load it.
-    """
-    from peft import AutoPeftModelForCausalLM
-    from transformers import AutoModelForCausalLM
-
-    arguments = {"dtype": torch.float32, **settings, "trust_remote_code": False, "use_safetensors": True}
-    try:
-        if model.is_adapter:
-            return AutoPeftModelForCausalLM.from_pretrained(model.folder, is_trainable=trainable, **arguments)
-        return AutoModelForCausalLM.from_pretrained(model.folder, **arguments)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise UserError(
-            f"{model.label!r} cannot be loaded as a causal language model: {_first_line(error)}"
-        ) from error
 
 
 def lora_config(adapter: Adapter, method: str) -> Any:
@@ -151,8 +62,3 @@ def load_delta(recipe: Recipe) -> ReferenceDelta | None:
     if recipe.delta is not None:
         return ReferenceDelta.load(recipe.delta)
     return ReferenceDelta.between(reference=recipe.reference, base=recipe.base)
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -10,10 +10,10 @@ from trimtab.data import PreparedData, load_data
 from trimtab.delta import ReferenceDelta
 from trimtab.errors import UserError
 from trimtab.recipe import Recipe
+from trimtab.rewards.ranked_batches import encode_ranked
 from trimtab.train.arguments import training_arguments
 from trimtab.train.models import ModelFolder, find_model, load_delta, load_tokenizer, refuse_other_shape
 from trimtab.train.optimizers import OptimizerPlan
-from trimtab.train.rrhf_batches import encode_ranked
 from trimtab.train.terminal import is_first_process
 
 

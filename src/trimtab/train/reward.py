@@ -15,13 +15,11 @@ from trl import RewardTrainer
 from trl.trainer.reward_trainer import suppress_seqcls_warning
 
 from trimtab.errors import UserError
-from trimtab.evaluate import wilson
+from trimtab.rewards import pairwise_accuracy
 from trimtab.train.guard import GuardedTrainer
 from trimtab.train.models import ModelFolder
 from trimtab.train.parts import Parts
 from trimtab.train.sft import trainer_arguments
-
-CONFIDENCE = 0.95
 
 
 class MergingRewardTrainer(GuardedTrainer, RewardTrainer):
@@ -29,7 +27,11 @@ class MergingRewardTrainer(GuardedTrainer, RewardTrainer):
 
     def final_results(self) -> dict[str, Any]:
         """The accuracy on the held-out pairs as ``rewards``; nothing where there are none."""
-        return {} if self.eval_dataset is None else {"rewards": pairwise_accuracy(self.held_out_scores())}
+        if self.eval_dataset is None:
+            return {}
+        pairs = self.held_out_scores()
+        scores = [{"chosen": chosen, "rejected": rejected} for chosen, rejected in pairs]
+        return {"rewards": {**pairwise_accuracy(pairs), "scores": scores}}
 
     @torch.no_grad()
     def held_out_scores(self) -> list[tuple[float, float]]:
@@ -50,36 +52,6 @@ class MergingRewardTrainer(GuardedTrainer, RewardTrainer):
             found += self.accelerator.gather_for_metrics(pairs).tolist()
         self.model.train(training)
         return [(chosen, rejected) for chosen, rejected in found]
-
-
-def pairwise_accuracy(scores: list[tuple[float, float]]) -> dict[str, Any]:
-    """Count how often the chosen answer scores higher; a tie counts as wrong.
-
-    Args:
-        scores: of the chosen and of the rejected answer of each pair, at least one.
-
-    Returns:
-        Counts, the accuracy with Wilson's 95 % interval, a summary in words, and the scores themselves.
-
-    Examples:
-        >>> found = pairwise_accuracy([(1.0, 0.0), (0.5, 0.2), (0.1, 0.3)])
-        >>> found["summary"].partition(": ")[2]
-        'accuracy 66.7 % (95 % interval 20.8 to 93.9 %)'
-    """
-    correct = sum(chosen > rejected for chosen, rejected in scores)
-    found = wilson(correct, len(scores), CONFIDENCE)
-    return {
-        "pairs": len(scores),
-        "correct": correct,
-        "ties": sum(chosen == rejected for chosen, rejected in scores),
-        "accuracy": found.estimate,
-        "interval": {"low": found.low, "high": found.high, "confidence": CONFIDENCE, "kind": "Wilson"},
-        "summary": (
-            f"the chosen answer scores higher in {correct:,} of {len(scores):,} held-out pairs: accuracy "
-            f"{found.estimate:.1%} ({CONFIDENCE:.0%} interval {found.low * 100:.1f} to {found.high:.1%})"
-        ).replace("%", " %"),
-        "scores": [{"chosen": chosen, "rejected": rejected} for chosen, rejected in scores],
-    }
 
 
 def make_trainer(parts: Parts) -> MergingRewardTrainer:

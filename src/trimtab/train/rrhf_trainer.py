@@ -13,19 +13,18 @@ import torch
 from transformers import EvalPrediction, Trainer, TrainingArguments
 
 from trimtab.errors import UserError
-from trimtab.evaluate import Interval, wilson
-from trimtab.losses import RRHFTerms, length_normalized, rrhf_loss, rrhf_terms
+from trimtab.losses import RRHFTerms, rrhf_loss, rrhf_terms
 from trimtab.losses.rrhf import FtNormalization
-from trimtab.train.guard import GuardedTrainer
-from trimtab.train.rrhf_batches import (
+from trimtab.rewards.ranked_batches import (
     Batch,
     Layout,
     RRHFCollator,
     check_shared_prefix,
-    encode_ranked,
+    padding_token,
     plain_head,
     response_log_probabilities,
 )
+from trimtab.train.guard import GuardedTrainer
 
 COUNTED = ("pairs", "ordered", "others", "lead", "responses", "length", "tied", "prompts")
 """What is summed over prompts beside the two parts of the loss."""
@@ -92,7 +91,7 @@ class RRHFTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         self.settings = settings or RRHFSettings()
-        collator = data_collator or RRHFCollator(_padding(processing_class), self.settings.layout)
+        collator = data_collator or RRHFCollator(padding_token(processing_class), self.settings.layout)
         super().__init__(
             model,
             args,
@@ -233,103 +232,6 @@ class RRHFTrainer(Trainer):
 
 class MergingRRHFTrainer(GuardedTrainer, RRHFTrainer):
     """RRHF with an optimizer built from named parameters and what a run adds; arguments of both."""
-
-
-class RRHFScorer:
-    """A model as a reward model, by its length-normalized log-probability.
-
-    RRHF trains p = Σ_t log P(y_t) / ‖y‖^γ to follow the scores, so p can be used in their place
-    (arXiv 2304.05302, section 4.4 compares its accuracy with a reward model's).
-
-    Args:
-        model: a causal language model; it is put into eval mode while it scores.
-        tokenizer: its tokenizer.
-        length_exponent: γ, as in training.
-        layout: how prompts are laid out; ``repeated`` works with every model.
-        batch_size: prompts at once.
-
-    Raises:
-        UserError: if the model cannot read a shared prefix.
-
-    Examples:
-        >>> RRHFScorer(model, tokenizer).score([("2 + 2 =", ["4", "5"])])  # doctest: +SKIP
-        [[-0.3, -4.1]]
-    """
-
-    def __init__(
-        self,
-        model: Any,
-        tokenizer: Any,
-        length_exponent: float = 1.0,
-        *,
-        layout: Layout = "shared_prefix",
-        batch_size: int = 8,
-    ) -> None:
-        if layout == "shared_prefix":
-            check_shared_prefix(model)
-        self.model, self.tokenizer, self.length_exponent = model, tokenizer, length_exponent
-        self.batch_size = batch_size
-        self._collator = RRHFCollator(_padding(tokenizer), layout)
-        self._head = plain_head(model)
-
-    def score(self, rows: Sequence[tuple[Any, Sequence[Any]]]) -> list[list[float]]:
-        """Score responses.
-
-        Args:
-            rows: a prompt (a text or messages) and responses to it.
-
-        Returns:
-            p of each response, in nats per token for γ = 1, in the order given.
-
-        Raises:
-            UserError: for a prompt without responses, or one or the other without tokens.
-        """
-        encoded = [encode_ranked(self.tokenizer, prompt, responses) for prompt, responses in rows]
-        training = self.model.training
-        self.model.eval()
-        try:
-            found = [
-                values
-                for first in range(0, len(encoded), self.batch_size)
-                for values in self._score(encoded[first : first + self.batch_size])
-            ]
-        finally:
-            self.model.train(training)
-        return found
-
-    @torch.no_grad()
-    def _score(self, rows: list[dict[str, Any]]) -> list[list[float]]:
-        batch = self._collator([{**row, "scores": [0.0] * len(row["response_ids"])} for row in rows])
-        batch = {name: value.to(self.model.device) for name, value in batch.items()}
-        logps_R = response_log_probabilities(self.model, batch, head=self._head)
-        values_R = length_normalized(logps_R, batch["lengths"], self.length_exponent)
-        return [group.tolist() for group in values_R.split(batch["group_sizes"].tolist())]
-
-    def accuracy(self, pairs: Sequence[dict[str, Any]], confidence: float = 0.95) -> Interval:
-        """How often the chosen response scores higher than the rejected one; equal scores count as wrong.
-
-        The interval is Wilson's and takes the pairs as independent: give one pair a prompt.
-
-        Args:
-            pairs: held-out ``{"prompt", "chosen", "rejected"}``; texts, or messages.
-            confidence: of the interval, in (0, 1).
-
-        Returns:
-            The share of pairs in the right order, with its interval.
-
-        Raises:
-            UserError: without pairs.
-        """
-        if not pairs:
-            raise UserError("pairwise accuracy needs at least one held-out pair; got none")
-        scores = self.score([(pair["prompt"], [pair["chosen"], pair["rejected"]]) for pair in pairs])
-        return wilson(sum(chosen > rejected for chosen, rejected in scores), len(pairs), confidence)
-
-
-def _padding(tokenizer: Any) -> int:
-    """What to pad with; padding is never attended to, so any token will do where the tokenizer has none."""
-    known = (getattr(tokenizer, name, None) for name in ("pad_token_id", "eos_token_id"))
-    return next((token for token in known if token is not None), 0)
 
 
 def _counts(batch: Batch) -> torch.Tensor:

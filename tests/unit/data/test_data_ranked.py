@@ -11,7 +11,7 @@ from tests.unit.data.conftest import pair, said
 from trimtab import UserError
 from trimtab.data import load_data
 from trimtab.recipe.sections import Data
-from trimtab.train.rrhf_batches import encode_ranked
+from trimtab.rewards.ranked_batches import encode_ranked
 
 ASKED = [said("user", "hi")]
 SCORED = {"responses": ["yes", "no", "yes no"], "scores": [1, 0, 0.5]}

@@ -12,12 +12,11 @@ from transformers import TrainingArguments
 
 from tests import tiny
 from tests.unit.losses.test_rrhf import oracle
-from tests.unit.train.test_rrhf_batches import NEAR, naive, rows
+from tests.unit.rewards.test_ranked_batches import naive, rows
 from trimtab import OnDARE, ReferenceDelta, UserError
-from trimtab.evaluate import encode, score
+from trimtab.rewards.ranked_batches import RRHFCollator
 from trimtab.train import OptimizerPlan
-from trimtab.train.rrhf_batches import RRHFCollator
-from trimtab.train.rrhf_trainer import MergingRRHFTrainer, RRHFScorer, RRHFSettings, RRHFTrainer
+from trimtab.train.rrhf_trainer import MergingRRHFTrainer, RRHFSettings, RRHFTrainer
 from trimtab.train.terminal import plain_libraries
 
 pytestmark = pytest.mark.xdist_group("train")
@@ -303,36 +302,3 @@ def test_the_oracles_agree() -> None:
             place += 1
         prompts.append(group)
     assert oracle(prompts, 0.5, 0.5, 2.0, "sum") == pytest.approx(expected(model, "sum")[0], rel=1e-9)
-
-
-def test_the_scorer_gives_length_normalized_log_probabilities() -> None:
-    model, tokenizer = tiny.model(), tiny.tokenizer()
-    model.train()
-    prompt = [{"role": "user", "content": "say hi"}]
-    answers = ["hi", "hello there", "no"]
-    texts = [("say", ["x"]), (prompt, answers)]
-    for layout in ("shared_prefix", "repeated"):
-        for exponent in (1.0, 0.5):
-            scorer = RRHFScorer(model, tokenizer, exponent, layout=layout, batch_size=1)  # type: ignore[arg-type]
-            found = scorer.score(texts)
-            assert model.training
-            encoded = [encode(tokenizer, prompt, [{"role": "assistant", "content": a}]) for a in answers]
-            known = [one.logp / one.tokens**exponent for one in score(model, encoded)]
-            model.train()
-            assert [len(values) for values in found] == [1, 3]
-            assert found[1] == pytest.approx(known, rel=NEAR["rtol"])
-
-
-def test_pairwise_accuracy_has_an_interval() -> None:
-    model, tokenizer = tiny.model(), tiny.tokenizer()
-    scorer = RRHFScorer(model, tokenizer)
-    pairs = tiny.preference_rows(7)
-    scores = scorer.score([(pair["prompt"], [pair["chosen"], pair["rejected"]]) for pair in pairs])
-    right = sum(chosen > rejected for chosen, rejected in scores)
-    found = scorer.accuracy(pairs)
-    assert found.estimate == right / 7
-    assert 0 <= found.low < found.estimate < found.high <= 1
-    same = [{**pair, "rejected": pair["chosen"]} for pair in pairs]
-    assert scorer.accuracy(same).estimate == 0
-    with pytest.raises(UserError, match="at least one held-out pair"):
-        scorer.accuracy([])

@@ -10,7 +10,7 @@ import torch
 from tests import tiny
 from trimtab import UserError
 from trimtab.losses import rrhf_loss, rrhf_terms
-from trimtab.train.rrhf_batches import (
+from trimtab.rewards.ranked_batches import (
     RRHFCollator,
     block_mask,
     check_shared_prefix,

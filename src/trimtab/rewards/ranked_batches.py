@@ -207,7 +207,7 @@ def plain_head(model: Any) -> torch.nn.Linear | None:
     if type(head) is not torch.nn.Linear or "forward" in vars(head):
         return None
     token = torch.ones(1, 1, dtype=torch.long, device=head.weight.device)
-    with _in_eval_mode(model):
+    with in_eval_mode(model):
         expected = model(input_ids=token, use_cache=False).logits
         with _instead(head, lambda hidden: hidden):
             hidden = model(input_ids=token, use_cache=False).logits
@@ -249,7 +249,7 @@ def _leaks(model: Any) -> bool:
     """Whether the second response gets another value when the first is another, or when it is alone."""
     device = model.get_input_embeddings().weight.device
     found = []
-    with _in_eval_mode(model):
+    with in_eval_mode(model):
         for layout, first in (("shared_prefix", [3, 1]), ("shared_prefix", [1, 2]), ("repeated", [3, 1])):
             row = {"prompt_ids": [1, 2], "response_ids": [first, [2, 3]], "scores": [0, 1]}
             batch = RRHFCollator(0, layout)([row])  # type: ignore[arg-type]
@@ -290,6 +290,12 @@ def encode_ranked(tokenizer: Any, prompt: Any, responses: Sequence[Any]) -> dict
         raise UserError(str(error)) from error
     prompt_ids = list(encoded[0].ids[: encoded[0].start]) if encoded else []
     return {"prompt_ids": prompt_ids, "response_ids": [list(one.ids[one.start :]) for one in encoded]}
+
+
+def padding_token(tokenizer: Any) -> int:
+    """What to pad with; padding is never attended to, so any token will do where the tokenizer has none."""
+    known = (getattr(tokenizer, name, None) for name in ("pad_token_id", "eos_token_id"))
+    return next((token for token in known if token is not None), 0)
 
 
 def _answer(response: Any) -> list[dict[str, str]]:
@@ -348,7 +354,8 @@ def _instead(head: torch.nn.Linear | None, function: Function) -> Iterator[None]
 
 
 @contextmanager
-def _in_eval_mode(model: Any) -> Iterator[None]:
+def in_eval_mode(model: Any) -> Iterator[None]:
+    """Put a model into eval mode for a while."""
     training = model.training
     model.eval()
     try:

@@ -1,0 +1,118 @@
+"""Models on this machine: finding one without loading it, and loading it with its tokenizer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from trimtab.delta.checkpoint import open_checkpoint
+from trimtab.delta.locate import locate
+from trimtab.delta.problems import first_line
+from trimtab.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+ADAPTER_CONFIG = "adapter_config.json"
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A model on this machine whose files have been looked at, but not loaded.
+
+    Args:
+        folder: where it lies.
+        label: how the recipe calls it, with the revision where it came from the hub.
+        is_adapter: whether it is a PEFT adapter and not a whole model.
+    """
+
+    folder: Path
+    label: str
+    is_adapter: bool
+
+
+def find_model(source: str, key: str) -> ModelFolder:
+    """Find a model and check that its weights are whole safetensors files, reading headers only.
+
+    Args:
+        source: a model folder or a hub id.
+        key: where the recipe names it, for the sentence when it is not there.
+
+    Raises:
+        UserError: if it cannot be found, is pickled or truncated, or has no configuration.
+    """
+    try:
+        located = locate(source)
+        is_adapter = (located.folder / ADAPTER_CONFIG).is_file()
+        open_checkpoint(located.folder, adapter=is_adapter)
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from error
+    config = ADAPTER_CONFIG if is_adapter else "config.json"
+    if not (located.folder / config).is_file():
+        raise UserError(f"{key}: {source!r} has no {config}; give a folder that save_pretrained wrote")
+    return ModelFolder(located.folder, located.label, is_adapter)
+
+
+def read_tokenizer(model: ModelFolder) -> PreTrainedTokenizerBase:
+    """Load the model's tokenizer as it is.
+
+    Raises:
+        UserError: if there is none.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(model.folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"{model.label!r} has no tokenizer that can be loaded ({first_line(error)}); "
+            "save one there with tokenizer.save_pretrained"
+        ) from error
+
+
+def load_tokenizer(model: ModelFolder) -> PreTrainedTokenizerBase:
+    """Load the model's tokenizer; where it has no padding token, the end-of-sequence token pads, as in TRL.
+
+    Raises:
+        UserError: if there is none, or it has neither a padding nor an end-of-sequence token.
+    """
+    tokenizer = read_tokenizer(model)
+    if tokenizer.eos_token is None:
+        raise UserError(
+            f"the tokenizer of {model.label!r} has no end-of-sequence token, so answers would have no end; "
+            "set eos_token in its tokenizer_config.json"
+        )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(model: ModelFolder, settings: dict[str, Any], *, trainable: bool) -> PreTrainedModel:
+    """Load a causal language model, in fp32 unless ``settings`` name another dtype.
+
+    transformers 5 would load in the checkpoint's dtype, often bf16, where an update of 1e-6 rounds to
+    nothing.
+
+    Args:
+        model: what :func:`find_model` found.
+        settings: further arguments of ``from_pretrained`` (the recipe's ``training.model_init_kwargs``).
+        trainable: whether a PEFT adapter found there is to be trained on.
+
+    Raises:
+        UserError: if transformers cannot load it.
+    """
+    from peft import AutoPeftModelForCausalLM
+    from transformers import AutoModelForCausalLM
+
+    arguments = {"dtype": torch.float32, **settings, "trust_remote_code": False, "use_safetensors": True}
+    try:
+        if model.is_adapter:
+            return AutoPeftModelForCausalLM.from_pretrained(model.folder, is_trainable=trainable, **arguments)
+        return AutoModelForCausalLM.from_pretrained(model.folder, **arguments)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise UserError(
+            f"{model.label!r} cannot be loaded as a causal language model: {first_line(error)}"
+        ) from error
