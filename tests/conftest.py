@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -29,6 +31,20 @@ def tiny_pairs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("pairs")
     train = tiny.write_rows(folder / "train.jsonl", tiny.preference_rows(24))
     return train, tiny.write_rows(folder / "eval.jsonl", tiny.preference_rows(8, seed=1))
+
+
+@pytest.fixture(autouse=True)
+def _as_many_threads_as_before() -> Iterator[None]:
+    """Workers with more threads than cores wait for each other: all later tests take many times as long."""
+    before = _threads()
+    yield
+    after = _threads()
+    assert before in (None, after), f"the test left torch with {after} threads and found it with {before}"
+
+
+def _threads() -> int | None:
+    torch = sys.modules.get("torch")
+    return None if torch is None else torch.get_num_threads()
 
 
 def pytest_configure(config: pytest.Config) -> None:

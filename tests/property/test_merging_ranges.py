@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,15 @@ def folders(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReq
     return found
 
 
+@pytest.fixture
+def as_many_threads_as_before() -> Iterator[None]:
+    """A merge leaves as many threads as it found, which below is what the test says it finds."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("as_many_threads_as_before")
 @pytest.mark.parametrize(("method", "fidelity", "each", "shared"), everything())
 def test_how_the_work_is_cut_and_who_does_it_is_no_part_of_the_result(
     method: str, fidelity: str, each: dict[str, Any], shared: dict[str, Any],
