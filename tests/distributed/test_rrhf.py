@@ -51,7 +51,8 @@ def train(
     first = next(line for line in trainer.state.log_history if "eval_loss" in line)
     held_out = {key: value for key, value in first.items() if not key.endswith(("time", "second"))}
     logged = next(line for line in trainer.state.log_history if "loss" in line)
-    return {"gradients": slopes, "logged": logged, "held_out": held_out}
+    judged = trainer.final_results()["rewards"]
+    return {"gradients": slopes, "logged": logged, "held_out": held_out, "judged": judged}
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +82,11 @@ def test_two_processes_make_what_one_makes(ft: str, accumulated: int, runs: Path
         together = {key: value for key, value in first[part].items() if key != "grad_norm"}
         assert together == pytest.approx(alone, rel=1e-4)
         assert any(key.endswith("loss") for key in alone)
+    assert len(first["judged"]["scores"]) == 3
+    assert first["judged"] == second["judged"]
+    for found, known in zip(first["judged"]["scores"], one["judged"]["scores"], strict=True):
+        assert found["ranks"] == known["ranks"]
+        assert found["values"] == pytest.approx(known["values"], rel=1e-4)
 
 
 def test_processes_that_would_train_apart_are_stopped(runs: Path) -> None:

@@ -1,4 +1,4 @@
-"""RRHF (arXiv 2304.05302) on transformers' Trainer, and a trained model as the judge it has become.
+"""RRHF (arXiv 2304.05302) on transformers' Trainer, and the trained model's accuracy as the judge it becomes.
 
 Shapes: B prompts of a micro-batch, R responses of all of them.
 """
@@ -13,8 +13,9 @@ import torch
 from transformers import EvalPrediction, Trainer, TrainingArguments
 
 from trimtab.errors import UserError
-from trimtab.losses import RRHFTerms, rrhf_loss, rrhf_terms
+from trimtab.losses import RRHFTerms, length_normalized, rrhf_loss, rrhf_terms
 from trimtab.losses.rrhf import FtNormalization
+from trimtab.rewards import pairwise_accuracy, unequal_pairs
 from trimtab.rewards.ranked_batches import (
     Batch,
     Layout,
@@ -232,6 +233,51 @@ class RRHFTrainer(Trainer):
 
 class MergingRRHFTrainer(GuardedTrainer, RRHFTrainer):
     """RRHF with an optimizer built from named parameters and what a run adds; arguments of both."""
+
+    def final_results(self) -> dict[str, Any]:
+        """The pairwise accuracy on the held-out responses as ``rewards``; nothing where no scores differ."""
+        prompts = [] if self.eval_dataset is None else self.held_out_values()
+        by_prompt = [unequal_pairs(one["ranks"], one["values"]) for one in prompts]
+        pairs = [pair for found in by_prompt for pair in found]
+        if not pairs:
+            return {}
+        statement = "the better response has the higher length-normalized log-probability"
+        found = pairwise_accuracy(pairs, prompts=sum(map(bool, by_prompt)), statement=statement)
+        return {"rewards": {**found, "scores": prompts}}
+
+    @torch.no_grad()
+    def held_out_values(self) -> list[dict[str, list[float]]]:
+        """The length-normalized log-probability of every held-out response.
+
+        Returns:
+            Of each prompt, ``values`` p in nats, and ``ranks``: the place of a response's score among the
+            distinct scores of its prompt, 0 the lowest.
+        """
+        training = self.model.training
+        self.model.eval()
+        most = max(map(len, self.eval_dataset["scores"]))
+        found = []
+        for batch in self.get_eval_dataloader():
+            table_BK2 = self._ranks_and_values(self._prepare_inputs(batch), most)
+            found += self.accelerator.gather_for_metrics(table_BK2).tolist()
+        self.model.train(training)
+        there = [[response for response in responses if response[0] >= 0] for responses in found]
+        return [
+            {"ranks": [int(rank) for rank, _ in responses], "values": [value for _, value in responses]}
+            for responses in there
+        ]
+
+    def _ranks_and_values(self, batch: Batch, most: int) -> torch.Tensor:
+        """Of each prompt's at most K responses the rank and p, shape (B, K, 2); −1 where there are fewer."""
+        with self.compute_loss_context_manager():
+            logps_R = response_log_probabilities(self.model, batch, head=self._head)
+        values_R = length_normalized(logps_R.float(), batch["lengths"], self.settings.length_exponent)
+        sizes_B = batch["group_sizes"]
+        starts_R = (sizes_B.cumsum(0) - sizes_B)[batch["groups"]]
+        places_R = torch.arange(values_R.shape[0], device=values_R.device) - starts_R
+        table_BK2 = values_R.new_full((sizes_B.shape[0], most, 2), -1.0)
+        table_BK2[batch["groups"], places_R] = torch.stack([batch["ranks"].float(), values_R], dim=1)
+        return table_BK2
 
 
 def _counts(batch: Batch) -> torch.Tensor:

@@ -15,6 +15,7 @@ from tests.equivalence.runs import assert_same_run
 from tests.oracle import losses
 from tests.unit.losses.test_rrhf import oracle
 from trimtab import UserError
+from trimtab.rewards.ranked_batches import encode_ranked
 from trimtab.train.checkpoints import checkpoint_folders
 
 pytestmark = pytest.mark.xdist_group("train")  # one worker: what costs is importing the trainers
@@ -112,15 +113,69 @@ def test_a_run(optimizer: dict[str, Any], tiny_models: Any, ranked: Any, tmp_pat
     assert any(not torch.equal(trained[name], start[name]) for name in start)
 
 
+def test_the_trained_model_is_measured_as_a_judge_of_held_out_responses(
+    tiny_models: Any, in_float64: Any, tmp_path: Path, capsys: Any
+) -> None:
+    held_out = ranked_rows(7)[:1] + ranked_rows(9)[3:]  # the scores of the first are all equal
+    files = [
+        tiny.write_rows(tmp_path / name, rows)
+        for name, rows in {"train.jsonl": ranked_rows(12), "eval.jsonl": held_out}.items()
+    ]
+    sections = {"optimizer": {**tiny.ADAMW, "lr": 3e-3}, "base": None, "loss": {"length_exponent": 0.5}}
+    training = {"max_steps": 3, "per_device_eval_batch_size": 2}
+    values = tiny.recipe(tiny_models, files, tmp_path / "o", method="rrhf", training=training, **sections)
+    folder = tiny.train(values)
+    model, tokenizer = in_float64(folder / "model"), tiny.tokenizer()
+    pairs, prompts = [], 0
+    for row in held_out:
+        encoded = encode_ranked(tokenizer, row["prompt"], row["responses"])
+        worth = [
+            sum(losses.log_probabilities(model, encoded["prompt_ids"], ids)) / len(ids) ** 0.5
+            for ids in encoded["response_ids"]
+        ]
+        found = [
+            worth[i] > worth[j]
+            for i, better in enumerate(row["scores"])
+            for j, other in enumerate(row["scores"])
+            if better > other
+        ]
+        pairs, prompts = pairs + found, prompts + bool(found)
+    result = json.loads((folder / "results" / "rewards.json").read_text())
+    assert (result["pairs"], result["prompts"], result["correct"]) == (len(pairs), prompts, sum(pairs))
+    assert 0 < sum(pairs) < len(pairs)
+    assert len(result["scores"]) == len(held_out)
+    assert result["scores"][-1]["values"] == pytest.approx(worth, abs=1e-4)
+    assert result["scores"][0]["ranks"] == [0] * len(held_out[0]["scores"])
+    assert f"in {sum(pairs)} of {len(pairs)} held-out pairs of {prompts} prompts" in result["summary"]
+    assert result["summary"] in (folder / "README.md").read_text()
+    assert result["summary"] in capsys.readouterr().err
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    logged = [line["eval_rewards/accuracies"] for line in lines if "eval_rewards/accuracies" in line]
+    assert logged[-1] == pytest.approx(result["accuracy"])
+
+
+def test_held_out_responses_whose_scores_never_differ_measure_nothing(
+    tiny_models: Any, ranked: Any, tmp_path: Path
+) -> None:
+    rows = [{**row, "scores": [2.0] * len(row["scores"])} for row in ranked_rows(2)]
+    data = (ranked[0], tiny.write_rows(tmp_path / "tied.jsonl", rows))
+    sections = {"optimizer": tiny.ADAMW, "base": None, "training": {"max_steps": 1}}
+    folder = tiny.train(tiny.recipe(tiny_models, data, tmp_path / "o", method="rrhf", **sections))
+    assert not (folder / "results" / "rewards.json").exists()
+
+
 def test_a_resumed_run_is_the_uninterrupted_one(tiny_models: Any, ranked: Any, tmp_path: Path) -> None:
     values = tiny.recipe(tiny_models, ranked, tmp_path / "whole", method="rrhf", evaluation={"every": 2})
     whole = tiny.train(values)
     copy = tmp_path / "copy"
     shutil.copytree(whole, copy)
     shutil.rmtree(copy / "model")
+    shutil.rmtree(copy / "results")
     shutil.rmtree(checkpoint_folders(copy)[4])
     tiny.train({**values, "output": str(copy)}, resume=True)
     assert_same_run(copy, whole)
+    measured = [(run / "results" / "rewards.json").read_text() for run in (whole, copy)]
+    assert measured[0] == measured[1]
 
 
 def test_where_all_scores_are_equal_only_the_first_responses_are_learned(
