@@ -2,7 +2,7 @@
 
 from trimtab.recipe.differences import Difference, recipe_differences, refuse_differences
 from trimtab.recipe.loading import load_recipe, make_recipe
-from trimtab.recipe.losses import DPOLoss, IPOLoss, KTOLoss, RewardLoss, RRHFLoss, SFTLoss
+from trimtab.recipe.losses import DPOLoss, IPOLoss, KTOLoss, RewardLoss, RRHFLoss, SampledLoss, SFTLoss
 from trimtab.recipe.paths import local_path
 from trimtab.recipe.recipe import (
     METHODS,
@@ -56,6 +56,7 @@ __all__ = [
     "RewardSources",
     "SFTLoss",
     "SFTRecipe",
+    "SampledLoss",
     "Schedule",
     "Schedules",
     "Source",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from trimtab.recipe.losses import DPOLoss, KTOLoss, RewardLoss, RRHFLoss
+from trimtab.recipe.loss_combinations import loss_problems
 from trimtab.recipe.recipe import Recipe
 from trimtab.recipe.sections import BETAS, MERGE_SETTINGS, MERGING, Optimizer, Schedule
 from trimtab.yaml_file import Key, Problem
@@ -23,7 +23,7 @@ def combination_problems(recipe: Recipe) -> Iterator[Problem]:
         yield from _not_merging(recipe)
     yield from _plain(recipe)
     yield from _schedules(recipe)
-    yield from _loss_and_data(recipe)
+    yield from loss_problems(recipe)
 
 
 def _models(recipe: Recipe) -> Iterator[Problem]:
@@ -187,89 +187,3 @@ def _reserve_rate_schedule(schedule: Schedule) -> Iterator[Problem]:
         yield Problem((*key, name), "starts reserve_rate at 0, which keeps nothing; leave it out")
     if schedule.type != "constant" and not schedule.end:
         yield Problem((*key, "end"), "must be given and above 0: a reserve_rate of 0 keeps nothing")
-
-
-def _loss_and_data(recipe: Recipe) -> Iterator[Problem]:
-    loss = recipe.loss
-    if isinstance(loss, DPOLoss) and loss.type == "exo_pair" and not loss.label_smoothing:
-        yield Problem(("loss", "label_smoothing"), "must be above 0 for the loss exo_pair, e.g. 1e-3")
-    if isinstance(loss, RewardLoss):
-        yield from _scores_only(recipe)
-    if isinstance(loss, RRHFLoss):
-        yield from _ranked_responses(recipe)
-    if isinstance(loss, KTOLoss):
-        yield from _labelled_answers(recipe)
-    elif _streams(recipe) and not _positive(recipe.training.get("max_steps")):
-        yield Problem(
-            ("training", "max_steps"),
-            "is missing: with data.streaming the number of rows is not known beforehand",
-        )
-    if recipe.data.eval is None:
-        if recipe.evaluation.every is not None:
-            yield Problem(
-                ("evaluation", "every"),
-                "needs data.eval: there is nothing to measure on",
-                also=(("data", "eval"),),
-            )
-        if recipe.evaluation.samples and not recipe.evaluation.prompts:
-            yield Problem(
-                ("evaluation", "samples"), "needs data.eval (or evaluation.prompts) to take prompts from"
-            )
-
-
-def _streams(recipe: Recipe) -> bool:
-    return recipe.data.streaming and not isinstance(recipe.loss, RRHFLoss)
-
-
-def _labelled_answers(recipe: Recipe) -> Iterator[Problem]:
-    """KTO's reference point is estimated from the other rows of the same batch, drawn up beforehand."""
-    if recipe.data.streaming:
-        yield Problem(
-            ("data", "streaming"), "cannot go with method kto, whose rows are put into a random order first"
-        )
-    if _number(recipe.training.get("per_device_train_batch_size", 8)) == 1:
-        yield Problem(
-            ("training", "per_device_train_batch_size"),
-            "must be at least 2 for method kto, which pairs each prompt with another row's answer",
-        )
-    strategy = recipe.training.get("train_sampling_strategy", "sequential")
-    if strategy != "sequential":
-        yield Problem(
-            ("training", "train_sampling_strategy"),
-            "must be sequential for method kto; its rows are shuffled once, by the seed",
-        )
-
-
-def _scores_only(recipe: Recipe) -> Iterator[Problem]:
-    """A reward model gives no answers, and what is cut off an answer would not be scored."""
-    for name in ("samples", "prompts"):
-        if getattr(recipe.evaluation, name):
-            yield Problem(
-                ("evaluation", name), "is not for method reward, whose model scores and does not answer"
-            )
-    if recipe.data.overlong == "truncate":
-        yield Problem(
-            ("data", "overlong"),
-            "must be drop for method reward: TRL leaves out what is too long, and never cuts",
-        )
-
-
-def _ranked_responses(recipe: Recipe) -> Iterator[Problem]:
-    """A prompt's responses have different numbers of tokens, and a score is about a whole response."""
-    if recipe.data.streaming:
-        yield Problem(("data", "streaming"), "is not supported for method rrhf, whose rows are read at once")
-    if recipe.data.overlong == "truncate":
-        yield Problem(
-            ("data", "overlong"), "must be drop for method rrhf: a score is about the whole response"
-        )
-
-
-def _number(value: object) -> float | None:
-    try:
-        return float(str(value))
-    except ValueError:
-        return None
-
-
-def _positive(value: object) -> bool:
-    return (_number(value) or 0) > 0

@@ -6,8 +6,16 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from trimtab.recipe.sections import Section
-from trimtab.recipe.values import Flag, NonNegative, Positive
+from trimtab.recipe.reward_source import RewardSources
+from trimtab.recipe.section import Section
+from trimtab.recipe.values import (
+    Flag,
+    NonNegative,
+    NonNegativeCount,
+    Positive,
+    PositiveCount,
+    PositiveShare,
+)
 
 
 class SFTLoss(Section):
@@ -87,3 +95,20 @@ class RRHFLoss(Section):
     """L_ft averaged over prompts (sum: the paper's), or over the best responses' tokens."""
     layout: Literal["shared_prefix", "repeated"] = "shared_prefix"
     """Read each prompt once for all its responses, or once for each (which every model can)."""
+
+
+class SampledLoss(Section):
+    """What the methods share that let the policy answer prompts and learn from the rewards of its answers."""
+
+    rewards: RewardSources
+    """What scores the responses: a reward source or a list of them, whose weighted scores are added up."""
+    max_new_tokens: PositiveCount = 256
+    """Longest response in tokens; data.max_length less this is left for the prompt."""
+    temperature: Positive = 1.0
+    """Logits are divided by this, when sampling and in the log-probabilities that are learned from."""
+    top_p: PositiveShare = 1.0
+    """Sample among the likeliest tokens that together have this probability; 1: among all."""
+    top_k: NonNegativeCount = 0
+    """Sample among this many likeliest tokens; 0: among all."""
+    beta: NonNegative
+    """Coefficient of the KL divergence from the reference."""

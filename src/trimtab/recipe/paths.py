@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from trimtab.recipe.losses import SampledLoss
 from trimtab.recipe.recipe import Recipe
 from trimtab.recipe.weights import model_folder_problem
 from trimtab.yaml_file import Key, Problem
@@ -32,7 +33,7 @@ def local_path(text: str) -> Path | None:
 def path_problems(recipe: Recipe) -> Iterator[Problem]:
     """Yield the paths that are not there, are not what they should be, or would be overwritten."""
     inputs: dict[Path, Key] = {}
-    for key, text in _models(recipe):
+    for key, text in [*_models(recipe), *_reward_models(recipe)]:
         path, problem = _found(text, "a model folder or a hub id such as org/name")
         yield from _said(key, problem or (model_folder_problem(path) if path else None))
         if path is not None:
@@ -57,6 +58,14 @@ def _models(recipe: Recipe) -> Iterator[tuple[Key, str]]:
         if text is not None and text not in seen:
             seen.add(text)
             yield (name,), text
+
+
+def _reward_models(recipe: Recipe) -> Iterator[tuple[Key, str]]:
+    if isinstance(recipe.loss, SampledLoss):
+        for index, source in enumerate(recipe.loss.rewards):
+            if source.rule is None:
+                kind = "model" if source.model is not None else "likelihood"
+                yield ("loss", "rewards", index, kind), source.source
 
 
 def _sources(recipe: Recipe) -> Iterator[tuple[Key, str]]:

@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, ModelWrapValidatorHandler, model_validator
 
-from trimtab.recipe.losses import DPOLoss, IPOLoss, KTOLoss, RewardLoss, RRHFLoss, SFTLoss
+from trimtab.recipe.losses import DPOLoss, IPOLoss, KTOLoss, RewardLoss, RRHFLoss, SampledLoss, SFTLoss
 from trimtab.recipe.sections import MERGING, Adapter, Data, Evaluation, Optimizer, Schedules, Section
 from trimtab.recipe.values import NonNegativeCount, Text
 
@@ -37,7 +37,7 @@ class Recipe(Section):
     adapter: Adapter | None = None
     """Train a LoRA adapter instead of the weights."""
     data: Data
-    loss: SFTLoss | DPOLoss | IPOLoss | KTOLoss | RewardLoss | RRHFLoss
+    loss: SFTLoss | DPOLoss | IPOLoss | KTOLoss | RewardLoss | RRHFLoss | SampledLoss
     optimizer: Optimizer
     schedule: Schedules = Schedules()
     training: dict[str, Any] = Field(default_factory=dict)

@@ -9,7 +9,8 @@ from typing import Any
 from trimtab.data import PreparedData, load_data
 from trimtab.delta import ReferenceDelta
 from trimtab.errors import UserError
-from trimtab.recipe import Recipe
+from trimtab.recipe import Recipe, SampledLoss
+from trimtab.rewards import find_rewards
 from trimtab.rewards.ranked_batches import encode_ranked
 from trimtab.train.arguments import training_arguments
 from trimtab.train.models import ModelFolder, find_model, load_delta, load_tokenizer, refuse_other_shape
@@ -79,6 +80,8 @@ def gather_parts(recipe: Recipe, *, resumes: bool) -> Parts:
     with arguments.distributed_state.main_process_first():  # the first fills the cache that the others read
         data = _load(recipe, "train", tokenizer)
         held_out = _load(recipe, "eval", tokenizer) if recipe.data.eval else None
+    if isinstance(recipe.loss, SampledLoss):
+        find_rewards(recipe.loss.rewards, key="loss.rewards")
     delta = load_delta(recipe)
     return Parts(
         recipe=recipe,
@@ -117,6 +120,7 @@ def find_models(recipe: Recipe) -> tuple[ModelFolder, ModelFolder | None]:
 
 
 def _load(recipe: Recipe, part: str, tokenizer: Any) -> PreparedData:
+    loss = recipe.loss
     return load_data(
         recipe.data,
         method=recipe.method,
@@ -125,4 +129,5 @@ def _load(recipe: Recipe, part: str, tokenizer: Any) -> PreparedData:
         seed=recipe.seed,
         progress=sys.stderr.isatty() and is_first_process(),
         encode=encode_ranked,
+        response_budget=loss.max_new_tokens if isinstance(loss, SampledLoss) else 0,
     )
