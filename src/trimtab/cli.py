@@ -122,7 +122,9 @@ def _config_class(method: str) -> type:
 
 def _declare_delta(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--reference", required=True, metavar="R", help="the SFT model: a folder or a hub id")
-    parser.add_argument("--base", required=True, metavar="B", help="the pretrained model it was tuned from")
+    parser.add_argument(
+        "--base", metavar="B", help="the pretrained model it was tuned from; an adapter R needs none"
+    )
     parser.add_argument("out", metavar="OUT", help="the folder to write")
     parser.add_argument("--overwrite", action="store_true", help="replace a delta that OUT already is")
     parser.add_argument("--reference-revision", metavar="REV", help="branch, tag or commit of a hub id")

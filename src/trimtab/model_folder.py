@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from trimtab.delta.checkpoint import open_checkpoint
-from trimtab.delta.locate import locate
+from trimtab.delta.checkpoint import open_checkpoint, read_json
+from trimtab.delta.locate import Located, locate
 from trimtab.delta.problems import first_line
 from trimtab.errors import UserError
 
@@ -24,22 +24,28 @@ class ModelFolder:
     """A model on this machine whose files have been looked at, but not loaded.
 
     Args:
+        name: how the recipe, or the adapter on it, calls it.
         folder: where it lies.
-        label: how the recipe calls it, with the revision where it came from the hub.
+        label: the name, with the revision where it came from the hub.
         is_adapter: whether it is a PEFT adapter and not a whole model.
+        base: the model that an adapter stands on.
     """
 
+    name: str
     folder: Path
     label: str
     is_adapter: bool
+    base: ModelFolder | None = None
 
 
-def find_model(source: str, key: str) -> ModelFolder:
+def find_model(source: str, key: str, base: str | None = None) -> ModelFolder:
     """Find a model and check that its weights are whole safetensors files, reading headers only.
 
     Args:
         source: a model folder or a hub id.
         key: where the recipe names it, for the sentence when it is not there.
+        base: the model that it stands on if it is an adapter; None, or another adapter, leaves that to its
+            configuration.
 
     Raises:
         UserError: if it cannot be found, is pickled or truncated, or has no configuration.
@@ -53,7 +59,23 @@ def find_model(source: str, key: str) -> ModelFolder:
     config = ADAPTER_CONFIG if is_adapter else "config.json"
     if not (located.folder / config).is_file():
         raise UserError(f"{key}: {source!r} has no {config}; give a folder that save_pretrained wrote")
-    return ModelFolder(located.folder, located.label, is_adapter)
+    stands_on = _base_of(located, key, base) if is_adapter else None
+    return ModelFolder(source, located.folder, located.label, is_adapter, stands_on)
+
+
+def _base_of(adapter: Located, key: str, base: str | None) -> ModelFolder:
+    """The whole model that an adapter stands on: the one given, else the one its configuration names."""
+    given = None if base is None else find_model(base, "base")
+    if given is not None and not given.is_adapter:
+        return given
+    named = read_json(adapter.folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+    try:
+        found = find_model(str(named), f"the model that the adapter {adapter.label!r} stands on")
+    except UserError as error:
+        raise UserError(f"{key}: {error}; give the model it stands on as base") from error
+    if found.is_adapter:
+        raise UserError(f"{key}: the adapter {adapter.label!r} stands on {found.label!r}, an adapter itself")
+    return found
 
 
 def read_tokenizer(model: ModelFolder) -> PreTrainedTokenizerBase:
@@ -104,15 +126,35 @@ def load_model(model: ModelFolder, settings: dict[str, Any], *, trainable: bool)
     Raises:
         UserError: if transformers cannot load it.
     """
-    from peft import AutoPeftModelForCausalLM
     from transformers import AutoModelForCausalLM
 
     arguments = {"dtype": torch.float32, **settings, "trust_remote_code": False, "use_safetensors": True}
     try:
-        if model.is_adapter:
-            return AutoPeftModelForCausalLM.from_pretrained(model.folder, is_trainable=trainable, **arguments)
+        if model.base is not None:
+            return _load_adapter(model, model.base, arguments, trainable=trainable)
         return AutoModelForCausalLM.from_pretrained(model.folder, **arguments)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise UserError(
             f"{model.label!r} cannot be loaded as a causal language model: {first_line(error)}"
         ) from error
+
+
+def _load_adapter(
+    adapter: ModelFolder, base: ModelFolder, arguments: dict[str, Any], *, trainable: bool
+) -> Any:
+    """Load a model with an adapter on it, which is saved with the name of the model it stands on here."""
+    from peft import PeftConfig, PeftModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(base.folder, **arguments)
+    if (adapter.folder / "tokenizer_config.json").is_file():  # tokens that came with the adapter
+        tokens = len(AutoTokenizer.from_pretrained(adapter.folder, trust_remote_code=False))
+        if tokens > model.get_input_embeddings().weight.shape[0]:
+            model.resize_token_embeddings(tokens)
+    config = PeftConfig.from_pretrained(adapter.folder)
+    config.base_model_name_or_path = model.name_or_path  # PEFT warns of any other than was in the adapter
+    adapted = PeftModelForCausalLM.from_pretrained(
+        model, adapter.folder, is_trainable=trainable, config=config
+    )
+    adapted.peft_config["default"].base_model_name_or_path = base.name
+    return adapted

@@ -15,7 +15,7 @@ from trimtab.delta.storage import check_target
 
 def run(
     reference: str,
-    base: str,
+    base: str | None,
     out: str,
     *,
     overwrite: bool = False,
@@ -29,7 +29,7 @@ def run(
 
     Args:
         reference: folder or hub id of the fine-tuned model.
-        base: folder or hub id of what it was fine-tuned from.
+        base: folder or hub id of what it was fine-tuned from; None for an adapter's own start.
         out: folder to write to.
         overwrite: replace a delta that lies there.
         reference_revision: branch, tag or commit, for hub ids.
@@ -51,6 +51,8 @@ def run(
         check_tokenizers=check_tokenizers,
         progress=True,
     )
+    if delta.assumption is not None:
+        console.print(escape(delta.assumption), soft_wrap=True)
     path = delta.save(out, overwrite=overwrite)
     console.print(_table(delta.statistics, top))
     for line in _lines(delta, path):

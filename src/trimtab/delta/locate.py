@@ -12,7 +12,7 @@ from trimtab.errors import UserError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _TEXTS = ["*.json", "*.jinja", "tokenizer.model", "vocab.txt", "merges.txt"]
-_WEIGHTS = ["model.safetensors", "adapter_model.safetensors"]
+_WEIGHTS = ["model.safetensors", "adapter_model.safetensors", "initial_adapter.safetensors"]
 _SUBFOLDERS = ["*/*"]
 
 

@@ -1,4 +1,4 @@
-"""The models a delta is taken between: a model folder, an adapter folder, or a live module; one interface."""
+"""The models a delta is taken between: model folders and live modules; adapters have a file of their own."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from trimtab.delta.checkpoint import Checkpoint, open_checkpoint, read_json
+from trimtab.delta.checkpoint import open_checkpoint
 from trimtab.delta.layout import Layout, lay_out, model_class, on_meta_device, read_config
 from trimtab.delta.locate import Located
 from trimtab.delta.names import (
@@ -109,48 +109,6 @@ class FolderModel:
         return self.tensor(name)[slices]
 
 
-class AdapterFolder:
-    """A folder with a PEFT adapter (``adapter_config.json`` and ``adapter_model.safetensors``).
-
-    Args:
-        located: the folder.
-
-    Raises:
-        UserError: its files are unusable.
-    """
-
-    kind = "adapter"
-    vocabulary: frozenset[str] = frozenset()
-
-    def __init__(self, located: Located) -> None:
-        self.label = located.label
-        self.settings: Mapping[str, str] = adapter_settings(read_json(located.folder / "adapter_config.json"))
-        self.aliases: Mapping[str, str] = {}
-        self.problems = Problems()
-        self._checkpoint: Checkpoint = open_checkpoint(located.folder, adapter=True)
-        self._keys = {_adapter_name(key): key for key in self._checkpoint.keys()}  # noqa: SIM118
-
-    def names(self) -> tuple[str, ...]:
-        """Canonical names: without PEFT's prefix."""
-        return tuple(self._keys)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of one parameter."""
-        return self._checkpoint.shape(self._keys[name])
-
-    def dtype(self, name: str) -> torch.dtype:
-        """Dtype of one parameter, as stored."""
-        return self._checkpoint.dtype(self._keys[name])
-
-    def tensor(self, name: str) -> Tensor:
-        """Values of one parameter."""
-        return self._checkpoint.read(self._keys[name])
-
-    def slice(self, name: str, slices: tuple[slice, ...]) -> Tensor:
-        """A part of one parameter."""
-        return self._checkpoint.read_slice(self._keys[name], slices)
-
-
 class LiveModel:
     """A module in memory. It may change under our hands, so what is taken from it is taken at once.
 
@@ -208,12 +166,6 @@ def check_model(model: Model, role: str) -> None:
     model.problems.refuse(f"the weights of the {role} {model.label!r} do not fit its config.json")
     if not model.names():
         raise UserError(f"the {role} {model.label!r} has no parameters")
-
-
-def _adapter_name(key: str) -> str:
-    """Canonical name of an adapter file's key; DoRA's vectors lose their ``.weight`` there."""
-    name = canonical_name(key)
-    return f"{name}.weight" if name.endswith(".lora_magnitude_vector") else name
 
 
 def _aliases(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> dict[str, str]:

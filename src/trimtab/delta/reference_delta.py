@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.delta import vocabulary
+from trimtab.delta.adapters import AdapterFolder, AssumedStart, start_of
 from trimtab.delta.difference import DeltaTensors, Difference, Snapshot
 from trimtab.delta.locate import Located, locate
-from trimtab.delta.models import AdapterFolder, FolderModel, LiveModel, Model
+from trimtab.delta.models import FolderModel, LiveModel, Model
 from trimtab.delta.names import canonical_name
 from trimtab.delta.problems import first_few
 from trimtab.delta.progress import progress_bar
@@ -86,7 +87,7 @@ class ReferenceDelta:
         cls,
         *,
         reference: Source,
-        base: Source,
+        base: Source | None = None,
         reference_revision: str | None = None,
         base_revision: str | None = None,
         cache_dir: str | Path | None = None,
@@ -99,13 +100,15 @@ class ReferenceDelta:
 
         Folders and hub ids are streamed: only headers are read here. Of loaded modules τ is computed and
         copied at once, since they may be trained afterwards. Two PEFT models, or two adapter folders, give
-        the delta of their adapters.
+        the delta of their adapters. One adapter folder alone gives what its training did: the adapter minus
+        what it was before, which ``trimtab train`` keeps as ``initial_adapter.safetensors``; see
+        :attr:`assumption` for one without it.
 
         Rows that the reference's vocabulary has more than the base's get τ = 0, see :attr:`added_rows`.
 
         Args:
             reference: θ_r, the fine-tuned model: folder, hub id or module.
-            base: θ_b, what it was fine-tuned from.
+            base: θ_b, what it was fine-tuned from; None for an adapter's own start.
             reference_revision: branch, tag or commit of the reference, for hub ids.
             base_revision: the same for the base.
             cache_dir: the hub cache.
@@ -123,13 +126,19 @@ class ReferenceDelta:
                 return source
             return locate(source, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only)
 
-        places = (find(reference, reference_revision), find(base, base_revision))
-        if not allow_zero:
-            _check_distinct(*places)
+        places = [find(reference, reference_revision)]
         ours = _open(places[0])
-        difference = Difference(ours, _open(places[1], like=ours))
-        if check_tokenizers and isinstance(places[0], Located) and isinstance(places[1], Located):
-            vocabulary.check_tokenizers(places[0].folder, places[1].folder)
+        if base is None:
+            theirs: Model = _start(ours)
+        else:
+            places.append(find(base, base_revision))
+            if not allow_zero:
+                _check_distinct(*places)
+            theirs = _open(places[1], like=ours)
+        difference = Difference(ours, theirs)
+        folders = [place.folder for place in places if isinstance(place, Located)]
+        if check_tokenizers and len(folders) == 2:
+            vocabulary.check_tokenizers(*folders)
         labels = (difference.reference.label, difference.base.label)
         delta = cls(difference, labels=labels, allow_zero=allow_zero, progress=progress)
         if any(isinstance(place, nn.Module) for place in places):
@@ -309,6 +318,12 @@ class ReferenceDelta:
             return dict(self._tensors.added_rows)
         return dict(self.measure().added_rows)
 
+    @property
+    def assumption(self) -> str | None:
+        """What had to be assumed of an adapter's start, in a sentence; None where nothing was."""
+        base = self._tensors.base if isinstance(self._tensors, Difference) else None
+        return base.assumption if isinstance(base, AssumedStart) else None
+
     def reference_hash(self, name: str, dtype: torch.dtype) -> tuple[torch.dtype, int]:
         """What a policy's parameter must hash to if it equals the reference.
 
@@ -424,6 +439,16 @@ def _open(place: Located | nn.Module, like: Model | None = None) -> Model:
     if (place.folder / "adapter_config.json").is_file():
         return AdapterFolder(place)
     return FolderModel(place, like)
+
+
+def _start(reference: Model) -> Model:
+    """What a reference started from where no base is given: for an adapter that is known."""
+    if isinstance(reference, AdapterFolder):
+        return start_of(reference)
+    raise UserError(
+        f"base is missing: the reference {reference.label!r} is no adapter folder, so give the model it was "
+        "fine-tuned from"
+    )
 
 
 def _check_distinct(reference: Located | nn.Module, base: Located | nn.Module) -> None:

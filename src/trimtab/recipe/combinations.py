@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from trimtab.recipe.loss_combinations import loss_problems
+from trimtab.recipe.paths import local_path
 from trimtab.recipe.recipe import Recipe
 from trimtab.recipe.sections import BETAS, MERGE_SETTINGS, MERGING, Optimizer, Schedule
+from trimtab.recipe.weights import is_adapter_folder
 from trimtab.yaml_file import Key, Problem
 
 NAME: Key = ("optimizer", "name")
@@ -37,7 +39,7 @@ def _models(recipe: Recipe) -> Iterator[Problem]:
 
 def _reference_delta(recipe: Recipe) -> Iterator[Problem]:
     name = recipe.optimizer.name
-    if recipe.base is None and recipe.delta is None:
+    if recipe.base is None and recipe.delta is None and not _is_adapter(recipe.reference):
         yield Problem(
             ("base",),
             f"is missing: optimizer {name} merges a reference delta; give base (the pretrained model) "
@@ -51,9 +53,15 @@ def _reference_delta(recipe: Recipe) -> Iterator[Problem]:
     if recipe.adapter is not None and recipe.base is not None:
         yield Problem(
             ("adapter",),
-            "cannot go with base: the delta of two full models has no adapter weights; train without it, "
-            "or give a delta between two adapters",
+            "cannot go with base: the delta of two full models has no weights of a new adapter; train "
+            "without it, or merge in adapter space, with a trained adapter as reference",
         )
+
+
+def _is_adapter(reference: str | None) -> bool:
+    """Whether the reference is an adapter on this machine, whose delta is against its own start."""
+    folder = None if reference is None else local_path(reference)
+    return folder is not None and is_adapter_folder(folder)
 
 
 def _merging(optimizer: Optimizer) -> Iterator[Problem]:

@@ -31,7 +31,10 @@ class Recipe(Section):
     reference: Text | None = None
     """The SFT model: what the policy is compared with, the end of the delta; the model when not given."""
     base: Text | None = None
-    """The pretrained model the reference was tuned from; gives the reference delta."""
+    """The pretrained model the reference was tuned from; gives the reference delta.
+
+    Where the reference is an adapter: the model it stands on; null: as its configuration says.
+    """
     delta: Text | None = None
     """A reference delta made with `trimtab delta`, instead of base."""
     adapter: Adapter | None = None

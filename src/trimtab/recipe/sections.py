@@ -98,6 +98,10 @@ class Adapter(Section):
     """Share of the adapter's inputs dropped."""
     target_modules: TextOrTexts = "all-linear"
     """Modules that get an adapter: "all-linear", one regular expression, or a list of names."""
+    rslora: Flag = False
+    """Scale by alpha / sqrt(r) instead (arXiv 2312.03732)."""
+    dora: Flag = False
+    """Train a magnitude for each row of the weights beside the adapter (DoRA, arXiv 2402.09353)."""
 
 
 class Group(Section):

@@ -31,6 +31,11 @@ def model_folder_problem(folder: Path) -> str | None:
     return next((problem for problem in problems if problem), None) or _missing_shard(folder)
 
 
+def is_adapter_folder(folder: Path) -> bool:
+    """Whether a folder holds a PEFT adapter rather than a whole model."""
+    return (folder / "adapter_config.json").is_file()
+
+
 def _missing_shard(folder: Path) -> str | None:
     index = folder / "model.safetensors.index.json"
     if not index.is_file():

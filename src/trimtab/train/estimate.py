@@ -72,10 +72,10 @@ def empty_model(model: ModelFolder, recipe: Recipe) -> Any:
 
     source: Any = model.folder
     adapter = None if recipe.adapter is None else lora_config(recipe.adapter, recipe.method)
-    if model.is_adapter:
+    if model.base is not None:
         adapter = PeftConfig.from_pretrained(model.folder)
         adapter.inference_mode = False
-        source = adapter.base_model_name_or_path
+        source = model.base.folder
     config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     with torch.device("meta"):
         if recipe.method == "reward":
@@ -84,6 +84,7 @@ def empty_model(model: ModelFolder, recipe: Recipe) -> Any:
         else:
             empty = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         if adapter is not None:
+            adapter.base_model_name_or_path = empty.name_or_path  # PEFT warns of any other
             empty = get_peft_model(empty, adapter)
     return empty
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import yaml
 
+from trimtab.delta.adapters import INITIAL_ADAPTER
 from trimtab.errors import UserError
 from trimtab.files import replacing_folder, write_json, write_text
 from trimtab.recipe import Recipe
@@ -45,6 +46,7 @@ class RunFolder:
         environment.json  versions, commit, seed, device
         metrics.jsonl     one line per log
         checkpoint-N/     complete when trimtab.json is in it
+        initial_adapter.safetensors   what an adapter was before its training
         results/          data.json, samples.json
         README.md         the model card
         model/            the trained model; it appears last, so a run with it is finished
@@ -130,7 +132,7 @@ class RunFolder:
         """
         for path in (self.model, self.results, *(self.path.glob("checkpoint-*") if checkpoints else ())):
             shutil.rmtree(path, ignore_errors=True)
-        for name in ("README.md", METRICS, ENVIRONMENT):
+        for name in ("README.md", METRICS, ENVIRONMENT, INITIAL_ADAPTER):
             (self.path / name).unlink(missing_ok=True)
         self._sweep()
         return set_aside_incomplete(self.path)

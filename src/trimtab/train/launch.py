@@ -22,6 +22,7 @@ from trimtab.train.checkpoints import last_complete, read_marker
 from trimtab.train.estimate import measure
 from trimtab.train.folder import RunFolder
 from trimtab.train.guard import is_disk_full, no_space
+from trimtab.train.initial_adapter import copy_initial_adapter, keep_initial_adapter
 from trimtab.train.optimizers import unwrapped
 from trimtab.train.parts import Parts, gather_parts
 from trimtab.train.progress import show_progress
@@ -100,6 +101,9 @@ def _train(recipe: Recipe, folder: RunFolder, *, resume: bool) -> None:
     with parts.arguments.distributed_state.main_process_first():
         if is_first_process():
             _prepare(folder, parts, checkpoint, resume=resume)
+            if checkpoint is None:
+                model = trainer.accelerator.unwrap_model(trainer.model)
+                keep_initial_adapter(model, parts.policy, folder.path)
     _add_callbacks(trainer, folder, parts)
     if checkpoint is None:
         _sample(trainer, folder, parts, "before")
@@ -139,6 +143,8 @@ def _introduce(parts: Parts) -> None:
         f"{size.trainable:,} of {size.parameters:,} parameters, "
         f"{size.steps:,} steps of {size.batch:,} rows on {parts.arguments.device}"
     )
+    if parts.delta is not None and parts.delta.assumption is not None:
+        say(parts.delta.assumption)
     if parts.plan.drift is not None:
         drift = parts.plan.drift.after(size.steps, of=size.steps)
         began = f" (on trimtab's lab models harm began at about {HARM_BEGAN:g} τ)"
@@ -239,5 +245,6 @@ def _finish(trainer: Any, folder: RunFolder, parts: Parts) -> None:
         with folder.saving_model() as temporary:
             model.save_pretrained(temporary, **adapters)
             parts.tokenizer.save_pretrained(temporary)
+            copy_initial_adapter(folder.path, temporary)
         say(f"the trained model is {folder.model}")
     parts.arguments.distributed_state.wait_for_everyone()

@@ -51,14 +51,47 @@ def lora_config(adapter: Adapter, method: str) -> Any:
         lora_alpha=adapter.alpha,
         lora_dropout=adapter.dropout,
         target_modules=targets if isinstance(targets, str) else list(targets),
+        use_rslora=adapter.rslora,
+        use_dora=adapter.dora,
         task_type="SEQ_CLS" if method == "reward" else "CAUSAL_LM",
     )
 
 
-def load_delta(recipe: Recipe) -> ReferenceDelta | None:
-    """The reference delta of a merging optimizer, from its folder or from two models; None without one."""
+def load_delta(recipe: Recipe, policy: ModelFolder) -> ReferenceDelta | None:
+    """The reference delta of a merging optimizer; None for one that does not merge.
+
+    It comes from its folder, from reference and base, or, where the reference is an adapter, from that and
+    what it started from.
+
+    Raises:
+        UserError: a model cannot be read, or policy and delta are not both of adapters or both of models.
+    """
     if not recipe.optimizer.merges:
         return None
     if recipe.delta is not None:
-        return ReferenceDelta.load(recipe.delta)
-    return ReferenceDelta.between(reference=recipe.reference, base=recipe.base)
+        delta = ReferenceDelta.load(recipe.delta)
+    else:
+        assert recipe.reference is not None
+        reference = find_model(recipe.reference, "reference", recipe.base)
+        base = recipe.base
+        if reference.is_adapter and (base is None or not find_model(base, "base").is_adapter):
+            base = None  # the model it stands on: the adapter's delta is against its own start
+        delta = ReferenceDelta.between(reference=recipe.reference, base=base)
+    _check_space(delta, recipe, policy)
+    return delta
+
+
+def _check_space(delta: ReferenceDelta, recipe: Recipe, policy: ModelFolder) -> None:
+    """Refuse a delta of whole models for an adapter, and one of an adapter for a whole model."""
+    trains_adapter = policy.is_adapter or recipe.adapter is not None
+    of_adapter = any(".lora_" in name for name in delta.names())
+    if trains_adapter and not of_adapter:
+        raise UserError(
+            f"an adapter is trained on {policy.label!r}, and the delta is one of whole models, which have no "
+            "adapter weights; take a trained adapter as reference, whose delta is its own, or train the model"
+        )
+    if of_adapter and not trains_adapter:
+        raise UserError(
+            f"{policy.label!r} is a whole model, and the delta is one of an adapter; let model be the "
+            "adapter, or merge it into its model first and take the delta of that"
+        )

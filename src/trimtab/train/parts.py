@@ -82,7 +82,7 @@ def gather_parts(recipe: Recipe, *, resumes: bool) -> Parts:
         held_out = _load(recipe, "eval", tokenizer) if recipe.data.eval else None
     if isinstance(recipe.loss, SampledLoss):
         find_rewards(recipe.loss.rewards, key="loss.rewards")
-    delta = load_delta(recipe)
+    delta = load_delta(recipe, policy)
     return Parts(
         recipe=recipe,
         arguments=arguments,
@@ -100,7 +100,7 @@ def find_models(recipe: Recipe) -> tuple[ModelFolder, ModelFolder | None]:
     """Find the policy and, where the method has one, the reference."""
     if recipe.model is None:
         raise UserError(f"model is missing: method {recipe.method} needs the model to start from")
-    policy = find_model(recipe.model, recipe.key_of_model())
+    policy = find_model(recipe.model, recipe.key_of_model(), recipe.base)
     if policy.is_adapter and recipe.adapter is not None:
         raise UserError(
             f"model {policy.label!r} is an adapter already, so the recipe's adapter cannot be added to it; "
@@ -114,7 +114,7 @@ def find_models(recipe: Recipe) -> tuple[ModelFolder, ModelFolder | None]:
     if not recipe.needs_reference or recipe.reference is None:
         return policy, None
     same = recipe.reference == recipe.model
-    reference = policy if same else find_model(recipe.reference, "reference")
+    reference = policy if same else find_model(recipe.reference, "reference", recipe.base)
     refuse_other_shape(policy, reference)
     return policy, reference
 

@@ -19,5 +19,7 @@ def load_reference(parts: Parts) -> Any:
     if adapted and parts.reference == parts.policy:
         return None
     assert parts.reference is not None
-    reference = load_model(parts.reference, parts.model_settings, trainable=False)
+    reference: Any = load_model(parts.reference, parts.model_settings, trainable=False)
+    if parts.reference.is_adapter:
+        reference = reference.merge_and_unload()  # TRL reads log-probabilities off whole models only
     return reference.eval().requires_grad_(False)

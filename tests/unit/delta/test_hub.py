@@ -98,7 +98,11 @@ class TestFetching:
     def test_a_single_file(self, asked: list[dict[str, Any]], tmp_path: Path) -> None:
         made.written(made.llama(1), tmp_path / "model", "1GB")
         locate("lab/model")
-        assert asked[1]["allow_patterns"] == ["model.safetensors", "adapter_model.safetensors"]
+        assert asked[1]["allow_patterns"] == [
+            "model.safetensors",
+            "adapter_model.safetensors",
+            "initial_adapter.safetensors",
+        ]
 
     def test_pickles_and_subfolders_never(self, asked: list[dict[str, Any]], tmp_path: Path) -> None:
         from huggingface_hub.utils import filter_repo_objects
