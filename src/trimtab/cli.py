@@ -20,7 +20,8 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import NoReturn
 
-from trimtab import __version__
+from trimtab import __version__, data_commands
+from trimtab.data_commands import count
 from trimtab.errors import UserError, nearest, unknown
 
 SUCCESS, FAILURE, MISTAKE, INTERRUPTED, TERMINATED, BROKEN_PIPE = 0, 1, 2, 130, 143, 141
@@ -66,16 +67,10 @@ class Command:
         return parser
 
 
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
-
-
 def _declare_quickstart(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", default="quickstart", metavar="FOLDER", help="where the report goes")
     parser.add_argument("--seeds", type=int, nargs="+", metavar="SEED", help="which shipped models (all)")
-    parser.add_argument("--workers", type=_count, default=2, metavar="N", help="processes at a time (2)")
+    parser.add_argument("--workers", type=count, default=2, metavar="N", help="processes at a time (2)")
     parser.add_argument("--overwrite", action="store_true", help="write into a FOLDER with other files in it")
 
 
@@ -132,7 +127,7 @@ def _declare_delta(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--no-tokenizer-check", action="store_true", help="take tokenizers that disagree on token ids"
     )
-    parser.add_argument("--top", type=_count, default=10, metavar="N", help="parameters shown (10)")
+    parser.add_argument("--top", type=count, default=10, metavar="N", help="parameters shown (10)")
 
 
 def _delta(options: argparse.Namespace) -> None:
@@ -217,10 +212,22 @@ COMMANDS: dict[str, Command] = {
         _declare_merge,
         _merge,
     ),
+    "data rank": Command(
+        "Rank several models' outputs by a reward model, a likelihood, a rule, or the scores they have.",
+        "trimtab data rank sft.jsonl dpo.jsonl --reward runs/reward/model --out ranked.jsonl",
+        data_commands.declare_rank,
+        data_commands.rank,
+    ),
+    "data score": Command(
+        "How often a reward gives the better of two responses the higher score, with an interval.",
+        "trimtab data score held-out.jsonl --reward runs/reward/model",
+        data_commands.declare_score,
+        data_commands.score,
+    ),
 }
 
 
-PLANNED = ("data", "raft", "select", "evaluate", "report", "sweep")
+PLANNED = ("data label", "raft", "select", "evaluate", "report", "sweep")
 """Commands that are planned and refused by name until they are there."""
 
 
@@ -249,9 +256,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(arguments: list[str]) -> None:
     if not arguments:
         raise UserError(f"name a command: {', '.join(COMMANDS)}; see trimtab --help")
-    name, *rest = arguments
-    if name in ("-h", "--help", "help"):
-        print(_overview())
+    name, rest = _named(arguments)
+    group = {known: command for known, command in COMMANDS.items() if known.startswith(f"{name} ")}
+    if group and not rest:
+        raise UserError(f"name a command: {', '.join(group)}; see trimtab {name} --help")
+    if group:
+        print(_overview(name, group))
+    elif name in ("-h", "--help", "help"):
+        print(_overview("", COMMANDS))
     elif name == "--version":
         print(f"trimtab {__version__}")
     elif name in COMMANDS:
@@ -263,14 +275,26 @@ def _run(arguments: list[str]) -> None:
         raise unknown("command", name, COMMANDS)
 
 
-def _overview() -> str:
-    width = max(len(name) for name in COMMANDS)
-    commands = "\n".join(f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items())
+def _named(arguments: list[str]) -> tuple[str, list[str]]:
+    """The command's name and what follows it; the commands about one thing have names of two words."""
+    first, *rest = arguments
+    grouped = any(name.startswith(f"{first} ") for name in COMMANDS)
+    if grouped and rest and rest[0] not in ("-h", "--help", "help"):
+        return f"{first} {rest[0]}", rest[1:]
+    return first, rest
+
+
+def _overview(group: str, shown: dict[str, Command]) -> str:
+    """All commands, or those whose names begin with ``group``."""
+    width = max(len(name) for name in shown)
+    commands = "\n".join(f"  {name:<{width}}  {command.summary}" for name, command in shown.items())
+    usage = f"trimtab {group} COMMAND ... | --help" if group else "trimtab COMMAND ... | --help | --version"
+    about = "" if group else "Align language models with human preferences without the alignment tax.\n\n"
+    example = next(iter(shown.values())).example if group else "trimtab quickstart"
     return (
-        "usage: trimtab COMMAND ... | --help | --version\n\n"
-        "Align language models with human preferences without the alignment tax.\n\n"
+        f"usage: {usage}\n\n{about}"
         f"commands:\n{commands}\n\n"
-        "example:\n  trimtab quickstart\n\n"
+        f"example:\n  {example}\n\n"
         "Each command has its own --help. TRIMTAB_TRACEBACK=1 shows where a failure came from."
     )
 

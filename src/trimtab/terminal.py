@@ -22,6 +22,19 @@ def say(text: str) -> None:
 
 
 @contextmanager
+def progress_bar(description: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Show a bar on the error stream if that is a terminal; yield what is called with each number done."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(description, total=total)
+        yield lambda done: bar.update(task, advance=done)
+
+
+@contextmanager
 def plain_libraries() -> Iterator[None]:
     """Keep the libraries' progress bars to terminals, and drop warnings that a user can do nothing about."""
     import datasets

@@ -43,7 +43,7 @@ def raising(error):
 def test_help_imports_nothing_heavy():
     code = (
         "import sys; from trimtab.cli import COMMANDS, main\n"
-        "for arguments in ([], *([name] for name in COMMANDS)): assert main([*arguments, '--help']) == 0\n"
+        "for arguments in ('', 'data', *COMMANDS): assert main([*arguments.split(), '--help']) == 0\n"
         f"print('heavy:', [name for name in {HEAVY!r} if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -59,7 +59,7 @@ def test_the_installed_command_is_this_one():
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_help_has_an_example(name, trimtab):
-    result = trimtab(name, "--help")
+    result = trimtab(*name.split(), "--help")
     assert (result.code, result.err) == (0, "")
     assert f"example:\n  trimtab {name}" in result.out
     assert f"usage: trimtab {name}" in result.out
@@ -89,6 +89,12 @@ def test_the_overview_names_every_command(trimtab):
             ["delta", "out", "--base", "b", "--reference", "r", "--top", "-1"],
             ["--top", "is not a whole number above 0"],
         ),
+        (["data"], ["name a command: data rank, data score", "trimtab data --help"]),
+        (["data", "rnk"], ["unknown command 'data rnk'", "did you mean 'data rank'?"]),
+        (["data", "rank", "a.jsonl"], ["required: --out", "trimtab data rank --help"]),
+        (["data", "score"], ["required: PAIRS"]),
+        (["data", "score", "a", "--reward", "b", "--likelihood", "c"], ["--likelihood: not allowed with"]),
+        (["data", "rank", "a.jsonl", "--out", "b.jsonl", "--samples", "0"], ["--samples", "above 0"]),
         (["quickstart", "here"], ["unrecognized arguments: here"]),
         (["quickstart", "--seeds", "one"], ["--seeds", "one"]),
     ],
@@ -99,7 +105,10 @@ def test_wrong_arguments(arguments, words, trimtab):
 
 @pytest.mark.parametrize("name", PLANNED)
 def test_planned_commands_are_refused_by_name(name, trimtab):
-    refused(trimtab(name), [f"trimtab {name} is not available yet", "available: quickstart, train, delta"])
+    refused(
+        trimtab(*name.split()),
+        [f"trimtab {name} is not available yet", "available: quickstart, train, delta"],
+    )
 
 
 def test_overrides_may_stand_on_either_side_of_options(monkeypatch):

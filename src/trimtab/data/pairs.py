@@ -300,6 +300,25 @@ def pair_as_ranked(pair: Row) -> Row:
 
 
 def _responses(row: Row) -> tuple[list[str], list[float]]:
+    responses, scores = responses_of(row)
+    if scores is None:
+        raise BadRow(f"{len(responses)} responses need a list of as many 'scores', not null")
+    return responses, [finite_score(score) for score in scores]
+
+
+def responses_of(row: Row) -> tuple[list[str], list[Any] | None]:
+    """Return the texts in the column ``responses`` and what is written as their scores, unchecked.
+
+    Responses are texts beside a list of ``scores``, or objects that hold both; None where there are no
+    scores.
+
+    Raises:
+        BadRow: if a response is no text, or there are not as many scores as responses.
+
+    Examples:
+        >>> responses_of({"responses": [{"text": "yes", "score": 1}, {"text": "no", "score": 0}]})
+        (['yes', 'no'], [1, 0])
+    """
     responses, scores = row["responses"], row.get("scores")
     if not isinstance(responses, list):
         raise BadRow(f"column 'responses' holds {describe(responses)}; a list of responses is needed")
@@ -309,9 +328,9 @@ def _responses(row: Row) -> tuple[list[str], list[float]]:
     for response in responses:
         if not isinstance(response, str):
             raise BadRow(f"column 'responses' holds {describe(response)}; every response must be text")
-    if not isinstance(scores, list) or len(scores) != len(responses):
+    if scores is not None and (not isinstance(scores, list) or len(scores) != len(responses)):
         raise BadRow(f"{len(responses)} responses need a list of as many 'scores', not {describe(scores)}")
-    return responses, [_score(score) for score in scores]
+    return responses, scores
 
 
 def _one_of(response: Any, keys: tuple[str, ...]) -> Any:
@@ -319,7 +338,12 @@ def _one_of(response: Any, keys: tuple[str, ...]) -> Any:
     return next((response[key] for key in keys if isinstance(response, dict) and key in response), None)
 
 
-def _score(score: Any) -> float:
+def finite_score(score: Any, column: str = "scores") -> float:
+    """Return a score as a finite float.
+
+    Raises:
+        BadRow: if it is anything else.
+    """
     if isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score):
-        raise BadRow(f"column 'scores' holds {describe(score)}; every score must be a finite number")
+        raise BadRow(f"column {column!r} holds {describe(score)}; every score must be a finite number")
     return float(score)

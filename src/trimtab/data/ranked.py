@@ -23,8 +23,9 @@ Encode = Callable[[Any, Any, Sequence[Any]], dict[str, Any]]
 class RankedPipeline(Pipeline):
     """Yields the prompts of a source, each with the responses that fit, as tokens.
 
-    A response that is empty or does not fit behind its prompt is left out and counted, and a prompt that is
-    left with fewer than two is dropped. Prompts whose scores are all equal are kept and counted.
+    A response that is empty, the same as one before it, or does not fit behind its prompt is left out and
+    counted, and a prompt that is left with fewer than two is dropped. Prompts whose scores are all equal are
+    kept and counted.
 
     Args:
         source: an inspected source.
@@ -70,6 +71,9 @@ class RankedPipeline(Pipeline):
         canonical(row)  # before it is tokenized: a lone surrogate is no text
         said = [place for place, response in enumerate(row["responses"]) if not is_empty(response)]
         counts.dropped += {"empty_response": len(row["responses"]) - len(said)}
+        repeated = {place for place in said if row["responses"].index(row["responses"][place]) < place}
+        counts.dropped += {"repeated": len(repeated)}
+        said = [place for place in said if place not in repeated]
         if not said:
             raise Dropped("few_left")
         encoded = self._encoded(record, row["prompt"], [row["responses"][place] for place in said])

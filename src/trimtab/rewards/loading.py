@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from trimtab.errors import UserError
 from trimtab.model_folder import ModelFolder, find_model, load_model, load_tokenizer
-from trimtab.named_function import function_named
+from trimtab.named_function import function_named, names_function
 from trimtab.recipe import RewardSource
 from trimtab.rewards.likelihood import RRHFScorer
 from trimtab.rewards.model import check_reward_model, load_reward_model
@@ -85,7 +85,7 @@ def find_rewards(sources: Sources, *, key: str = "rewards") -> list[Callable[...
         UserError: if a source is not there or is no reward.
     """
     given = reward_sources(sources)
-    names = _names(given)
+    names = model_names([source.source for source in given])
     return [_find(source, name, key) for source, name in zip(given, names, strict=True)]
 
 
@@ -106,12 +106,15 @@ def reward_sources(sources: Sources) -> tuple[RewardSource, ...]:
         raise UserError(f"{'.'.join(['reward', *map(str, said['loc'])])}: {said['msg']}") from None
 
 
-def _names(sources: Sequence[RewardSource]) -> list[str]:
-    """A name for each: the last part of a path, the whole where two share that, and numbers where need be."""
-    short = [source.rule or _last(source.source) for source in sources]
-    names = [
-        source.source if short.count(name) > 1 else name for name, source in zip(short, sources, strict=True)
-    ]
+def model_names(paths: Sequence[str]) -> list[str]:
+    """Return what to call models: the last part of a path; the whole where two share that; then numbers.
+
+    Examples:
+        >>> model_names(["runs/a/model", "org/judge", "x/rm", "y/rm"])
+        ['a/model', 'judge', 'x/rm', 'y/rm']
+    """
+    short = [path if names_function(path) else _last(path) for path in paths]
+    names = [path if short.count(name) > 1 else name for name, path in zip(short, paths, strict=True)]
     return [
         name if names.count(name) == 1 else f"{name}#{names[: place + 1].count(name)}"
         for place, name in enumerate(names)

@@ -68,6 +68,11 @@ class WeightedSum:
         terms = zip(self.weights, self.parts, strict=True)
         return " + ".join(part.name if weight == 1 else f"{weight:g} {part.name}" for weight, part in terms)
 
+    @property
+    def truncated(self) -> int:
+        """How many inputs were too long for a part so far."""
+        return sum(getattr(part, "truncated", 0) for part in self.parts)
+
     def __call__(
         self, prompts: Sequence[Prompt], responses: Sequence[str], rows: Rows | None = None
     ) -> list[float]:

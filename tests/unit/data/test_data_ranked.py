@@ -64,7 +64,7 @@ def test_a_pair_is_two_responses(read: Any, tokenizer: Any) -> None:
     assert made.report.sources[0].notes == ["each pair is learned as two responses, with the scores 1 and 0"]
 
 
-def test_responses_that_are_empty_or_do_not_fit_are_dropped_and_counted(read: Any) -> None:
+def test_responses_that_are_empty_repeated_or_do_not_fit_are_dropped_and_counted(read: Any) -> None:
     long = "yes " * 60
     rows = [
         {"prompt": ASKED, "responses": ["yes", "", long, "no"], "scores": [1, 2, 3, 4]},
@@ -74,22 +74,25 @@ def test_responses_that_are_empty_or_do_not_fit_are_dropped_and_counted(read: An
         {"prompt": [said("user", " ")], "responses": ["yes", "no"], "scores": [1, 2]},
         {"prompt": ASKED, "responses": ["\ud800", "no"], "scores": [1, 2]},
         {"prompt": ASKED, "responses": ["yes", "no"], "scores": [2, 2]},
+        {"prompt": ASKED, "responses": ["yes", "no", "yes", "no"], "scores": [1, 3, 2, 3]},
+        {"prompt": ASKED, "responses": ["yes", "yes"], "scores": [1, 2]},
     ]
     made = read(rows, max_length=40)
-    assert made.dataset["scores"][:] == [[1.0, 4.0], [2.0, 2.0]]
+    assert made.dataset["scores"][:] == [[1.0, 4.0], [2.0, 2.0], [1.0, 3.0]]
     report = made.report.sources[0]
-    assert (report.read, report.kept) == (7, 2)
+    assert (report.read, report.kept) == (9, 3)
     assert report.reasons() == {
-        "empty_prompt": 1, "single_response": 1, "few_left": 2, "broken_unicode": 1
+        "empty_prompt": 1, "single_response": 1, "few_left": 3, "broken_unicode": 1
     }  # fmt: skip
     assert report.responses.to_dict() == {
-        "kept": 4,
-        "dropped": {"empty_response": 3, "overlong": 2},
+        "kept": 6,
+        "dropped": {"empty_response": 3, "overlong": 2, "repeated": 3},
         "tied_prompts": 1,
     }
     said_lines = [str(line) for line in made.report._lines()]
     assert "  2 responses dropped: longer than max_length = 40" in said_lines
     assert "  3 responses dropped: empty response" in said_lines
+    assert "  3 responses dropped: the same response to the same prompt is there before it" in said_lines
     assert any("warning: prompts whose scores are all equal: 1 (kept" in line for line in said_lines)
 
 

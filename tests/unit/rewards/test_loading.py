@@ -12,7 +12,7 @@ from tests import tiny
 from trimtab import UserError
 from trimtab.recipe import RewardSource
 from trimtab.rewards import RRHFScorer, WeightedSum, load_reward, load_rewards
-from trimtab.rewards.loading import reward_sources
+from trimtab.rewards.loading import model_names
 
 RULES = """
 def length(prompts, responses, rows):
@@ -104,10 +104,8 @@ def test_a_model_that_cannot_share_a_prefix_reads_it_again(
 
 
 def test_names_tell_parts_apart() -> None:
-    from trimtab.rewards.loading import _names
-
-    sources = reward_sources(["runs/a/model", "runs/b/model", "x/rm", "y/rm", "m:f", "m:f", "org/judge"])
-    assert _names(sources) == ["a/model", "b/model", "x/rm", "y/rm", "m:f#1", "m:f#2", "judge"]
+    sources = ["runs/a/model", "runs/b/model", "x/rm", "y/rm", "m:f", "m:f", "org/judge"]
+    assert model_names(sources) == ["a/model", "b/model", "x/rm", "y/rm", "m:f#1", "m:f#2", "judge"]
 
 
 def test_everything_is_found_before_anything_is_loaded(
