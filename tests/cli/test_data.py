@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -37,8 +38,9 @@ def stop(prompts, responses, rows):
 
 
 @pytest.fixture
-def files(place: Place) -> Place:
+def files(place: Place, monkeypatch: pytest.MonkeyPatch) -> Place:
     """Outputs of two models to the same prompts, in two ways of writing, and rules."""
+    monkeypatch.delitem(sys.modules, "my_rules", raising=False)
     rows = tiny.preference_rows(5)
     (place.folder / "my_rules.py").write_text(RULES)
     tiny.write_rows(

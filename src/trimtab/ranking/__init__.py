@@ -3,7 +3,7 @@
 :func:`rank` is ``trimtab data rank``; :func:`score` is ``trimtab data score``.
 """
 
-from trimtab.ranking.rank import rank
-from trimtab.ranking.score import score
+from trimtab.ranking.rank_command import rank
+from trimtab.ranking.score_command import score
 
 __all__ = ["rank", "score"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ def broken(prompts, responses, rows):
 def rules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "my_rules.py").write_text(RULES)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "my_rules", raising=False)
 
 
 def test_a_text_is_a_rule_or_a_reward_model() -> None:
