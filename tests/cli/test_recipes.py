@@ -54,6 +54,7 @@ def test_a_shipped_recipe(path, place, trimtab):
     stand_ins = {"model": "./reference", "reference": "./reference", "base": "./base", "delta": "./tau"}
     overrides = [f"{key}={stand_in}" for key, stand_in in stand_ins.items() if values.get(key)]
     overrides += [f"data.{part}=pairs.jsonl" for part in ("train", "eval") if values["data"].get(part)]
+    overrides += ["optimizer.projection.data=pairs.jsonl"] * ("projection" in values.get("optimizer", {}))
     before = place.files()
     result = trimtab("train", str(path), "--dry-run", *overrides)
     assert result.code == 0, result.err

@@ -29,6 +29,7 @@ from trimtab.optim.precision import (
     residual_like,
     resolve_rounding,
 )
+from trimtab.optim.regulariser import Regulariser, attached
 from trimtab.optim.sharding import local_of, local_part, set_data
 from trimtab.optim.shell import MergingShell, moves
 
@@ -123,6 +124,11 @@ class OnlineMerging(MergingShell):
             raise UserError(
                 f"this {type(optimizer).__name__} is wrapped in OnlineMerging already, and each step would "
                 "merge twice; build a new optimizer to wrap"
+            )
+        if attached(optimizer, Regulariser):
+            raise UserError(
+                f"this {type(optimizer).__name__} has regularisers, which would act before the merge; "
+                "wrap it first, and attach them to the OnlineMerging"
             )
         self.optimizer = optimizer
         merging = Merging(

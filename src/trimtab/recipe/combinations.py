@@ -24,6 +24,7 @@ def combination_problems(recipe: Recipe) -> Iterator[Problem]:
     else:
         yield from _not_merging(recipe)
     yield from _plain(recipe)
+    yield from _regularisers(recipe)
     yield from _schedules(recipe)
     yield from loss_problems(recipe)
 
@@ -153,6 +154,34 @@ def _not_merging(recipe: Recipe) -> Iterator[Problem]:
     for field in ("merge_weight", "reserve_rate"):
         if getattr(recipe.schedule, field) is not None:
             yield Problem(("schedule", field), hint, also=(NAME,))
+
+
+def _regularisers(recipe: Recipe) -> Iterator[Problem]:
+    optimizer, child = recipe.optimizer, recipe.optimizer.child_tuning
+    if optimizer.ema is not None and recipe.training.get("load_best_model_at_end"):
+        yield Problem(
+            ("training", "load_best_model_at_end"),
+            "cannot go with optimizer.ema: what is measured and kept is the average, and checkpoints hold "
+            "the weights it is taken of; keep one of the two",
+            also=(("optimizer", "ema"),),
+        )
+    if child is None:
+        return
+    if child.variant == "F":
+        for field in ("rows", "data"):
+            if getattr(child, field) is not None:
+                yield Problem(
+                    ("optimizer", "child_tuning", field),
+                    "goes with variant D, whose mask is chosen by Fisher information; F draws its masks",
+                    also=(("optimizer", "child_tuning", "variant"),),
+                )
+    elif child.data is None and (recipe.data.streaming or recipe.method in ("ppo", "grpo", "rloo")):
+        what = "data.streaming is read once" if recipe.data.streaming else f"method {recipe.method} samples"
+        yield Problem(
+            ("optimizer", "child_tuning", "data"),
+            f"is missing: {what}, so there are no training rows to estimate Fisher information on; give "
+            "instructions to estimate it on",
+        )
 
 
 def _schedules(recipe: Recipe) -> Iterator[Problem]:

@@ -72,6 +72,10 @@ def _sources(recipe: Recipe) -> Iterator[tuple[Key, str]]:
     for part in ("train", "eval"):
         for index, source in enumerate(getattr(recipe.data, part) or ()):
             yield ("data", part, index, "path"), source.path
+    for name in ("child_tuning", "projection"):
+        section = getattr(recipe.optimizer, name)
+        for index, source in enumerate((section and section.data) or ()):
+            yield ("optimizer", name, "data", index, "path"), source.path
 
 
 def _found(text: str, wanted: str) -> tuple[Path | None, str | None]:
@@ -110,7 +114,7 @@ def _output(output: Path, inputs: dict[Path, Key]) -> Iterator[Problem]:
                 f"{str(output)!r} is or holds {str(path)!r}, which is read; name another",
                 also=(key,),
             )
-        elif what in folder.parents and key[0] != "data":
+        elif what in folder.parents and "data" not in key:
             yield Problem(
                 ("output",),
                 f"{str(output)!r} lies inside {str(path)!r}, which is read; name another",

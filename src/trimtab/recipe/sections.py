@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from pydantic import model_validator
 
+from trimtab.recipe.regularisers import ChildTuning, ElasticReset, MovingAverage, Projection, Pull
 from trimtab.recipe.reward_source import RewardSource as RewardSource
 from trimtab.recipe.reward_source import RewardSources as RewardSources
 from trimtab.recipe.section import Section as Section
@@ -187,6 +188,16 @@ class Optimizer(Section):
     """Regular expressions for parameters the delta does not have; they take the plain step."""
     groups: tuple[Group, ...] = ()
     """Parameters with their own settings."""
+    ema: MovingAverage | None = None
+    """Evaluate and keep a moving average of the weights."""
+    child_tuning: ChildTuning | None = None
+    """Train with a part of the gradient."""
+    pull: Pull | None = None
+    """Pull the weights to where they started."""
+    elastic_reset: ElasticReset | None = None
+    """Reset the weights to their moving average from time to time."""
+    projection: Projection | None = None
+    """Remove from the gradient its part along capability gradients."""
 
     @model_validator(mode="before")
     @classmethod

@@ -82,7 +82,10 @@ def _optimizer(parts: Parts) -> str:
     if section.merges:
         text += f", merge weight {section.merge_weight:g}, reserve rate {section.reserve_rate or 1:g}"
         text += f", a merge every {section.merge_every or 1} steps, arXiv 2405.17931"
-    return text + ")"
+    text += ")"
+    if section.ema is not None:
+        text += f" and an EMA of the weights (c {section.ema.coefficient:g}), which is what `model/` holds"
+    return text
 
 
 def _origin(parts: Parts) -> str:

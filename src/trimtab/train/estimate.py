@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from trimtab.delta.held import SPARSE_SHARE
-from trimtab.recipe import Recipe
+from trimtab.recipe import Optimizer, Recipe
 from trimtab.train.models import ModelFolder, lora_config
 from trimtab.train.parts import Parts
 from trimtab.train.state_sizes import FP32, STORED, state_sizes
@@ -128,8 +128,23 @@ def memory(parts: Parts, parameters: int, trained: Mapping[str, Sequence[int]]) 
         "anchor of step-K": FP32 * trainable * (optimizer.merges and gap > 1),
         "weights before the step": FP32 * trainable * (optimizer.name == "online_merging" and gap == 1),
         "reference model": FP32 * parameters * _loads_reference(parts),
+        **_regularisers(parts.recipe.optimizer, trainable),
     }
     return {name: size for name, size in sizes.items() if size}
+
+
+def _regularisers(optimizer: Optimizer, trainable: int) -> dict[str, int]:
+    """What the regularisers keep: the start is shared by those that need it."""
+    start = optimizer.pull is not None or optimizer.elastic_reset is not None
+    fisher = optimizer.child_tuning is not None and optimizer.child_tuning.variant == "D"
+    directions = 0 if optimizer.projection is None else len(optimizer.projection.data)
+    return {
+        "average of the weights": FP32 * trainable * (optimizer.ema is not None),
+        "average of elastic reset": FP32 * trainable * (optimizer.elastic_reset is not None),
+        "weights at the start": FP32 * trainable * start,
+        "Fisher mask": trainable * fisher,
+        "capability gradients": FP32 * trainable * directions,
+    }
 
 
 def _delta_bytes(parts: Parts) -> float:

@@ -26,6 +26,7 @@ from trimtab.train.initial_adapter import copy_initial_adapter, keep_initial_ada
 from trimtab.train.optimizers import unwrapped
 from trimtab.train.parts import Parts, gather_parts
 from trimtab.train.progress import show_progress
+from trimtab.train.regularisers import keep_average
 from trimtab.train.samples import answers, sample_prompts
 from trimtab.train.terminal import is_first_process, plain_libraries, say
 
@@ -113,6 +114,8 @@ def _train(recipe: Recipe, folder: RunFolder, *, resume: bool) -> None:
         trainer.train(resume_from_checkpoint=str(checkpoint))
     else:  # killed after the last checkpoint: the Trainer would take one step more
         trainer._load_from_checkpoint(str(_kept(checkpoint, parts)))
+    if recipe.optimizer.ema is not None:
+        keep_average(trainer, checkpoint if trainer.optimizer is None else None)
     _finish(trainer, folder, parts)
 
 

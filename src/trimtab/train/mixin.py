@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from trimtab.errors import UserError
+from trimtab.optim import averaged_weights
 from trimtab.train.diagnostics_callback import DiagnosticsCallback
 from trimtab.train.optimizers import OptimizerPlan, unwrapped
 
@@ -71,8 +72,14 @@ class OnlineMergingMixin:
         """
         if self.optimizer is None:
             model = self.model if model is None else model
-            self.optimizer = self.optimizer_plan.build(model, set(self.get_decay_parameter_names(model)))
+            decayed = set(self.get_decay_parameter_names(model))
+            self.optimizer = self.optimizer_plan.build(model, decayed, trainer=self)
         return self.optimizer
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate the model, with the averaged weights where the optimizer has an EMA."""
+        with averaged_weights(self.optimizer):
+            return super().evaluate(*args, **kwargs)
 
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None

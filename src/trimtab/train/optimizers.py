@@ -18,6 +18,7 @@ from trimtab.recipe import Optimizer as OptimizerSection
 from trimtab.recipe import Recipe
 from trimtab.recipe.sections import MERGE_SETTINGS
 from trimtab.train.drift import Drift
+from trimtab.train.regularisers import Regularisers
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class OptimizerPlan:
             trainer.
         factors: the same for other keys of the parameter groups, such as ``merge_weight``.
         drift: what the merges are expected to have added up to, for the log; None leaves it out.
+        regularisers: what is attached to the optimizer; None for nothing.
     """
 
     make: Callable[[Groups], torch.optim.Optimizer]
@@ -44,13 +46,15 @@ class OptimizerPlan:
     learning_rate: Callable[[int, int], float] | None = None
     factors: Mapping[str, Callable[[int, int], float]] = field(default_factory=dict)
     drift: Drift | None = None
+    regularisers: Regularisers | None = None
 
-    def build(self, model: torch.nn.Module, decayed: set[str]) -> torch.optim.Optimizer:
-        """Build the optimizer over the trainable parameters of ``model``.
+    def build(self, model: torch.nn.Module, decayed: set[str], trainer: Any = None) -> torch.optim.Optimizer:
+        """Build the optimizer over the trainable parameters of ``model``, with its regularisers.
 
         Args:
             model: its ``named_parameters()`` that require a gradient are trained.
             decayed: names of the parameters that weight decay is for.
+            trainer: the trainer that asks, for regularisers that take gradients of other rows' losses.
         """
         groups = parameter_groups(
             model.named_parameters(),
@@ -59,7 +63,10 @@ class OptimizerPlan:
             decayed=decayed,
             where="optimizer.groups",  # as a recipe calls them
         )
-        return self.make(groups)
+        optimizer = self.make(groups)
+        if self.regularisers is not None:
+            self.regularisers.attach(optimizer, trainer)
+        return optimizer
 
     def schedule(self, optimizer: torch.optim.Optimizer, total: int) -> None:
         """Schedule what the plan schedules besides the learning rate, over ``total`` steps.
@@ -71,12 +78,15 @@ class OptimizerPlan:
                 schedule(optimizer, key, _scaled(group[key], factor, total), group=index)
 
     @classmethod
-    def from_recipe(cls, recipe: Recipe, delta: ReferenceDelta | None) -> OptimizerPlan:
+    def from_recipe(
+        cls, recipe: Recipe, delta: ReferenceDelta | None, regularisers: Regularisers | None = None
+    ) -> OptimizerPlan:
         """Read the plan from a recipe's ``optimizer`` and ``schedule`` sections.
 
         Args:
             recipe: a checked recipe.
             delta: the reference delta; needed by the optimizers that merge.
+            regularisers: the recipe's, with their rows.
         """
         section, schedules = recipe.optimizer, recipe.schedule
         factors = {"merge_weight": schedules.merge_weight, "reserve_rate": schedules.reserve_rate}
@@ -88,6 +98,7 @@ class OptimizerPlan:
             learning_rate=schedules.lr.factor if schedules.lr.end else None,
             factors={key: value.factor for key, value in factors.items() if value is not None},
             drift=Drift(recipe) if section.merges else None,
+            regularisers=regularisers,
         )
 
 

@@ -15,6 +15,7 @@ from trimtab.rewards.ranked_batches import encode_ranked
 from trimtab.train.arguments import training_arguments
 from trimtab.train.models import ModelFolder, find_model, load_delta, load_tokenizer, refuse_other_shape
 from trimtab.train.optimizers import OptimizerPlan
+from trimtab.train.regularisers import Regularisers
 from trimtab.train.terminal import is_first_process
 
 
@@ -80,6 +81,7 @@ def gather_parts(recipe: Recipe, *, resumes: bool) -> Parts:
     with arguments.distributed_state.main_process_first():  # the first fills the cache that the others read
         data = _load(recipe, "train", tokenizer)
         held_out = _load(recipe, "eval", tokenizer) if recipe.data.eval else None
+        regularisers = Regularisers.from_recipe(recipe, tokenizer)
     if isinstance(recipe.loss, SampledLoss):
         find_rewards(recipe.loss.rewards, key="loss.rewards")
     delta = load_delta(recipe, policy)
@@ -92,7 +94,7 @@ def gather_parts(recipe: Recipe, *, resumes: bool) -> Parts:
         delta=delta,
         data=data,
         held_out_data=held_out,
-        plan=OptimizerPlan.from_recipe(recipe, delta),
+        plan=OptimizerPlan.from_recipe(recipe, delta, regularisers),
     )
 
 
