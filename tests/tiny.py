@@ -143,3 +143,18 @@ def weights(model_folder: Path) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
     return load_file(model_folder / "model.safetensors")
+
+
+def share_of_small(prompts: list[Any], responses: list[str], rows: Any) -> list[float]:
+    """A reward that is easily learned: which share of a response's characters are small letters."""
+    return [sum(one in string.ascii_lowercase for one in text) / max(1, len(text)) for text in responses]
+
+
+def minus_length(prompts: list[Any], responses: list[str], rows: Any) -> list[float]:
+    """A reward for short responses: minus the number of characters."""
+    return [-float(len(text)) for text in responses]
+
+
+def not_a_number(prompts: list[Any], responses: list[str], rows: Any) -> list[float]:
+    """A reward that is broken."""
+    return [float("nan") for _ in responses]

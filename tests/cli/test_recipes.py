@@ -55,6 +55,8 @@ def test_a_shipped_recipe(path, place, trimtab):
     overrides = [f"{key}={stand_in}" for key, stand_in in stand_ins.items() if values.get(key)]
     overrides += [f"data.{part}=pairs.jsonl" for part in ("train", "eval") if values["data"].get(part)]
     overrides += ["optimizer.projection.data=pairs.jsonl"] * ("projection" in values.get("optimizer", {}))
+    if "rewards" in values.get("loss", {}):
+        overrides.append("loss.rewards=operator:concat")  # any function will do
     before = place.files()
     result = trimtab("train", str(path), "--dry-run", *overrides)
     assert result.code == 0, result.err

@@ -2,13 +2,23 @@
 
 from trimtab.recipe.differences import Difference, recipe_differences, refuse_differences
 from trimtab.recipe.loading import load_recipe, make_recipe
-from trimtab.recipe.losses import DPOLoss, IPOLoss, KTOLoss, RewardLoss, RRHFLoss, SampledLoss, SFTLoss
+from trimtab.recipe.losses import (
+    DPOLoss,
+    IPOLoss,
+    KTOLoss,
+    PPOLoss,
+    RewardLoss,
+    RRHFLoss,
+    SampledLoss,
+    SFTLoss,
+)
 from trimtab.recipe.paths import local_path
 from trimtab.recipe.recipe import (
     METHODS,
     DPORecipe,
     IPORecipe,
     KTORecipe,
+    PPORecipe,
     Recipe,
     RewardRecipe,
     RRHFRecipe,
@@ -47,6 +57,8 @@ __all__ = [
     "KTORecipe",
     "LearningRateSchedule",
     "Optimizer",
+    "PPOLoss",
+    "PPORecipe",
     "RRHFLoss",
     "RRHFRecipe",
     "Recipe",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from trimtab.recipe.losses import DPOLoss, KTOLoss, RewardLoss, RRHFLoss, SampledLoss
+from trimtab.recipe.losses import DPOLoss, KTOLoss, PPOLoss, RewardLoss, RRHFLoss, SampledLoss
 from trimtab.recipe.recipe import Recipe
 from trimtab.recipe.sections import Data
 from trimtab.yaml_file import Problem
@@ -21,6 +21,8 @@ def loss_problems(recipe: Recipe) -> Iterator[Problem]:
         yield from _ranked_responses(recipe)
     if isinstance(loss, SampledLoss):
         yield from _sampled_responses(recipe.data, recipe.method, loss)
+    if isinstance(loss, PPOLoss):
+        yield from _policy_optimization(recipe, loss)
     if isinstance(loss, KTOLoss):
         yield from _labelled_answers(recipe)
     elif _streams(recipe) and not _positive(recipe.training.get("max_steps")):
@@ -101,6 +103,21 @@ def _sampled_responses(data: Data, method: str, loss: SampledLoss) -> Iterator[P
             f"{data.max_length}",
             also=(("data", "max_length"),),
         )
+
+
+def _policy_optimization(recipe: Recipe, loss: PPOLoss) -> Iterator[Problem]:
+    """The order of the prompts is PPO's own, and a coefficient of 0 cannot be adapted."""
+    if loss.kl_target is not None and loss.beta == 0:
+        yield Problem(
+            ("loss", "kl_target"),
+            "cannot be reached from a beta of 0, which stays 0; start above it",
+            also=(("loss", "beta"),),
+        )
+    for name in ("train_sampling_strategy", "dataloader_drop_last"):
+        if recipe.training.get(name):
+            yield Problem(
+                ("training", name), "has no effect with method ppo, which takes all prompts in random orders"
+            )
 
 
 def _number(value: object) -> float | None:

@@ -15,6 +15,7 @@ from trimtab.recipe.values import (
     Positive,
     PositiveCount,
     PositiveShare,
+    Share,
 )
 
 
@@ -112,3 +113,32 @@ class SampledLoss(Section):
     """Sample among this many likeliest tokens; 0: among all."""
     beta: NonNegative
     """Coefficient of the KL divergence from the reference."""
+
+
+class PPOLoss(SampledLoss):
+    """Proximal policy optimization (arXiv 1707.06347) with a value head on the policy."""
+
+    beta: NonNegative = 0.05
+    """Coefficient of every token's penalty for leaving the reference; with kl_target, where it starts."""
+    kl_target: Positive | None = None
+    """Divergence from the reference, in nats a response, that beta is adapted to; null: beta stays."""
+    kl_gain: Annotated[Positive, Field(lt=5)] = 0.1
+    """How fast beta is adapted: by at most a fifth of this share a rollout; 0.1 in arXiv 1909.08593."""
+    minibatches: PositiveCount = 1
+    """Optimizer steps in one pass over a rollout, which has as many prompts as these steps need."""
+    epochs: PositiveCount = 4
+    """Passes over each rollout."""
+    clip: Annotated[Positive, Field(lt=1)] = 0.2
+    """epsilon: how far the ratio of new to old probabilities may pay off."""
+    value_clip: Positive = 0.2
+    """The same for values, in units of the reward."""
+    value_coefficient: NonNegative = 0.1
+    """Weight of the values' squared error in the loss."""
+    discount: Share = 1.0
+    """gamma: what a reward one token later is worth."""
+    trace: Share = 0.95
+    """lambda of generalized advantage estimation."""
+    missing_eos_penalty: NonNegative | None = None
+    """Taken off the reward of responses that max_new_tokens cut off; null: nothing is."""
+    generation_batch_size: PositiveCount = 16
+    """Responses that each process generates at once."""

@@ -6,7 +6,16 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, ModelWrapValidatorHandler, model_validator
 
-from trimtab.recipe.losses import DPOLoss, IPOLoss, KTOLoss, RewardLoss, RRHFLoss, SampledLoss, SFTLoss
+from trimtab.recipe.losses import (
+    DPOLoss,
+    IPOLoss,
+    KTOLoss,
+    PPOLoss,
+    RewardLoss,
+    RRHFLoss,
+    SampledLoss,
+    SFTLoss,
+)
 from trimtab.recipe.sections import MERGING, Adapter, Data, Evaluation, Optimizer, Schedules, Section
 from trimtab.recipe.values import NonNegativeCount, Text
 
@@ -25,7 +34,7 @@ class Recipe(Section):
     default_lr: ClassVar[float] = 2e-5
 
     method: str
-    """What to train with: sft, dpo, ipo, kto, reward or rrhf."""
+    """What to train with: sft, dpo, ipo, kto, reward, rrhf or ppo."""
     model: Text | None = None
     """Where the policy starts: a model folder or a hub id; the reference when not given."""
     reference: Text | None = None
@@ -166,8 +175,34 @@ class RRHFRecipe(Recipe):
     loss: RRHFLoss
 
 
+class PPORecipe(AgainstReference):
+    """Proximal policy optimization: the policy answers prompts, and a reward scores the answers."""
+
+    method: Literal["ppo"]
+    loss: PPOLoss
+
+    @classmethod
+    def _fill_models(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """The value head is in no delta, and starts at 0, far from where the policy's learning rate leads."""
+        optimizer = values["optimizer"]
+        if isinstance(optimizer, dict):
+            filled = dict(optimizer)
+            if filled.get("name") in MERGING and filled.get("without_delta") is None:
+                filled["without_delta"] = [VALUE_HEAD]
+            if not filled.get("groups"):
+                filled["groups"] = [{"pattern": VALUE_HEAD, "lr": VALUE_HEAD_LR}]
+            values["optimizer"] = filled
+        return super()._fill_models(values)
+
+
 SCORE_HEAD = r"^(score|classifier)\."
 """Finds the head of a sequence classification model, as transformers names it."""
+
+VALUE_HEAD = r"^value_head\."
+"""Finds the value head of PPO's policy."""
+
+VALUE_HEAD_LR = 1e-4
+"""The value head's learning rate, where a recipe has no groups of its own."""
 
 METHODS: dict[str, type[Recipe]] = {
     "sft": SFTRecipe,
@@ -176,8 +211,9 @@ METHODS: dict[str, type[Recipe]] = {
     "kto": KTORecipe,
     "reward": RewardRecipe,
     "rrhf": RRHFRecipe,
+    "ppo": PPORecipe,
 }
 """The recipe class of each method."""
 
-NOT_YET = ("ppo", "grpo", "rloo")
+NOT_YET = ("grpo", "rloo")
 """Methods that are planned and refused by name until they are there."""

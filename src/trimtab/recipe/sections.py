@@ -146,7 +146,7 @@ class Optimizer(Section):
     galore: GaLore | None = None
     """Settings of galore, by name or as inner."""
     lr: NonNegative
-    """Learning rate at its peak; default 1e-6 for dpo, ipo and kto, 1e-5 for reward, 2e-5 for sft, rrhf."""
+    """Learning rate at its peak; default 1e-6 for dpo, ipo, kto, ppo, 1e-5 for reward, 2e-5 for sft, rrhf."""
     betas: tuple[ShareBelowOne, ShareBelowOne] = BETAS
     eps: Positive | None = None
     """Adam's epsilon; given by the fidelity when not set (1e-8; released: 1e-6)."""

@@ -6,7 +6,7 @@ training: any code that has a model and prompts can use it. Importing this packa
 
 from __future__ import annotations
 
-from trimtab.sampling.draws import Sampling, draw, sampled_probabilities, uniforms
+from trimtab.sampling.draws import Sampling, draw, generator, sampled_probabilities, uniforms
 from trimtab.sampling.prompts import encode_prompt
 from trimtab.sampling.responses import Response
 from trimtab.sampling.transformers_sampler import TransformersSampler
@@ -17,6 +17,7 @@ __all__ = [
     "TransformersSampler",
     "draw",
     "encode_prompt",
+    "generator",
     "sampled_probabilities",
     "uniforms",
 ]

@@ -50,6 +50,17 @@ class Sampling:
                 raise UserError(f"{name} must be {range_}, not {getattr(self, name)}")
 
 
+def generator(*key: int | str) -> torch.Generator:
+    """A generator on the CPU whose numbers hang on a key and on nothing else.
+
+    Examples:
+        >>> [int(torch.randint(100, (), generator=generator(0, "order", 3))) for _ in range(2)]
+        [42, 42]
+    """
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+
+
 def uniforms(seed: int, streams: Sequence[tuple[int, ...]], count: int) -> torch.Tensor:
     """Uniform numbers of several streams.
 
@@ -66,12 +77,8 @@ def uniforms(seed: int, streams: Sequence[tuple[int, ...]], count: int) -> torch
         >>> torch.equal(long[1:, :2], short)
         True
     """
-    rows = []
-    for stream in streams:
-        digest = hashlib.blake2b(repr((seed, *stream)).encode(), digest_size=8).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
-        rows.append(torch.rand(count, dtype=torch.float64, generator=generator))
-    return torch.stack(rows)
+    keyed = [generator(seed, *stream) for stream in streams]
+    return torch.stack([torch.rand(count, dtype=torch.float64, generator=one) for one in keyed])
 
 
 def sampled_probabilities(logits_RV: torch.Tensor, sampling: Sampling) -> torch.Tensor:

@@ -13,6 +13,7 @@ from trimtab.recipe import (
     IPOLoss,
     KTOLoss,
     LearningRateSchedule,
+    PPOLoss,
     Recipe,
     RewardLoss,
     RRHFLoss,
@@ -38,6 +39,7 @@ def config_class(method: str) -> type:
     """Return the config class of a method's trainer, against which its ``training`` section is checked."""
     import trl
 
+    from trimtab.train.ppo_config import PPOConfig
     from trimtab.train.rrhf_config import RRHFConfig
 
     classes = {
@@ -47,6 +49,7 @@ def config_class(method: str) -> type:
         "kto": trl.KTOConfig,
         "reward": trl.RewardConfig,
         "rrhf": RRHFConfig,
+        "ppo": PPOConfig,
     }
     if method not in classes:
         raise UserError(f"method {method!r} is not available yet; available: {', '.join(classes)}")
@@ -149,7 +152,7 @@ def _schedule(schedule: LearningRateSchedule) -> dict[str, Any]:
 
 def _loss(recipe: Recipe) -> dict[str, Any]:
     loss = recipe.loss
-    if isinstance(loss, RRHFLoss):
+    if isinstance(loss, RRHFLoss | PPOLoss):
         return {}  # the trainer takes it as its settings, and the rows come with their lengths checked
     return {"max_length": recipe.data.max_length, **_loss_of_trl(loss)}
 

@@ -18,11 +18,15 @@ _NAMES = {
     "kto": "Kahneman-Tversky optimization (arXiv 2402.01306)",
     "reward": "A reward model",
     "rrhf": "Ranking responses by their log-probability (RRHF, arXiv 2304.05302)",
+    "ppo": "Proximal policy optimization (PPO, arXiv 1707.06347)",
 }
 _MEASURED = (
     "loss",
     "loss/rank",
     "loss/ft",
+    "reward",
+    "response_length",
+    "ended_by_eos",
     "rewards/accuracies",
     "rewards/margins",
     "kl",
@@ -42,7 +46,18 @@ _OPTIMIZERS = {
     "online_merging": "online merging",
 }
 _OF_TRL = "TRL's own numbers on the held-out rows: means of batch means"
-_KINDS = {"rrhf": "means over the held-out prompts"}
+_KINDS = {
+    "rrhf": "means over the held-out prompts",
+    "ppo": "means over sampled answers to the held-out prompts",
+}
+_TELLS_APART = (
+    "They say how well the model tells the preferred answers apart, not how well it answers, and nothing of "
+    "what it may have unlearnt."
+)
+_SCORED = (
+    "They say what the reward that was trained for thinks of the model's answers, not how good these are, "
+    "and nothing of what it may have unlearnt."
+)
 
 
 def model_card(folder: RunFolder, parts: Parts) -> str:
@@ -113,7 +128,7 @@ def _metrics(path: Path, kind: str) -> str:
     """The first and the last evaluation side by side; without any, the last training loss."""
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     records = [json.loads(line) for line in text.splitlines()]
-    evaluated = [record for record in records if "eval_loss" in record]
+    evaluated = [record for record in records if not {"eval_loss", "eval_reward"}.isdisjoint(record)]
     lines = ["## Measured\n"]
     if evaluated:
         first, last = evaluated[0], evaluated[-1]
@@ -122,11 +137,8 @@ def _metrics(path: Path, kind: str) -> str:
             if f"eval_{name}" in last:
                 lines.append(f"| {name} | {_spell(first, name)} | {_spell(last, name)} |")
         lines.append("")
-        lines.append(
-            f"These are {kind}, without intervals. "
-            "They say how well the model tells the preferred answers apart, not how well it answers, and "
-            "nothing of what it may have unlearnt.\n"
-        )
+        says = _SCORED if "eval_reward" in last else _TELLS_APART
+        lines.append(f"These are {kind}, without intervals. {says}\n")
         return "\n".join(lines)
     losses = [record for record in records if "loss" in record]
     if losses:

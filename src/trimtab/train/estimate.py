@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 from trimtab.delta.held import SPARSE_SHARE
-from trimtab.recipe import Optimizer, Recipe
+from trimtab.recipe import Optimizer, PPOLoss, Recipe
 from trimtab.train.models import ModelFolder, lora_config
 from trimtab.train.parts import Parts
+from trimtab.train.ppo_model import add_value_head
 from trimtab.train.state_sizes import FP32, STORED, state_sizes
 
 SPARSE_ENTRY = 6
@@ -60,7 +61,7 @@ def measure(parts: Parts) -> Size:
         trainable=sum(map(math.prod, trained.values())),
         rows=rows,
         batch=batch,
-        steps=count_steps(rows, arguments),
+        steps=count_steps(rows, arguments, recipe.loss),
         memory=memory(parts, parameters, trained),
     )
 
@@ -86,18 +87,25 @@ def empty_model(model: ModelFolder, recipe: Recipe) -> Any:
         if adapter is not None:
             adapter.base_model_name_or_path = empty.name_or_path  # PEFT warns of any other
             empty = get_peft_model(empty, adapter)
+        if isinstance(recipe.loss, PPOLoss):
+            add_value_head(empty)
     return empty
 
 
-def count_steps(rows: int | None, arguments: Any) -> int:
+def count_steps(rows: int | None, arguments: Any, loss: Any = None) -> int:
     """Return the optimizer steps of a training, as the Trainer counts them.
 
     Args:
         rows: training rows; None when they are streamed, and ``max_steps`` decides.
         arguments: the trainer's arguments.
+        loss: the recipe's section; PPO takes several steps with the same rows.
     """
     if arguments.max_steps > 0 or rows is None:
         return int(arguments.max_steps)
+    if isinstance(loss, PPOLoss):
+        responses = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
+        rollouts = math.ceil(rows / (loss.minibatches * responses * arguments.world_size))
+        return math.ceil(rollouts * loss.minibatches * loss.epochs * arguments.num_train_epochs)
     batches = rows / (arguments.per_device_train_batch_size * arguments.world_size)
     batches = math.floor(batches) if arguments.dataloader_drop_last else math.ceil(batches)
     per_epoch = max(1, math.ceil(batches / arguments.gradient_accumulation_steps))
@@ -171,4 +179,8 @@ def _is_fixed(parts: Parts) -> bool:
 def _loads_reference(parts: Parts) -> bool:
     adapted = parts.recipe.adapter is not None or parts.policy.is_adapter
     shared = adapted and parts.reference == parts.policy
-    return parts.reference is not None and not shared and not parts.arguments.precompute_ref_log_probs
+    return (
+        parts.reference is not None
+        and not shared
+        and not getattr(parts.arguments, "precompute_ref_log_probs", False)
+    )

@@ -94,6 +94,10 @@ class GuardedTrainer(OnlineMergingMixin):
         """What is measured once the model is trained, by the name of its file; every process takes part."""
         return {}
 
+    def trained_model(self) -> Any:
+        """The model as it is saved at the end; nothing is trained after it was asked for."""
+        return self.accelerator.unwrap_model(self.model)
+
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write nothing: the run folder's ``README.md`` is ours."""
 

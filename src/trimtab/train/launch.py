@@ -127,7 +127,7 @@ def _make_trainer(parts: Parts) -> Any:
         raise
     except (ValueError, NotImplementedError, ImportError) as error:
         said = " ".join(str(error).split())
-        library = "transformers" if parts.recipe.method == "rrhf" else "TRL"
+        library = "transformers" if parts.recipe.method in ("rrhf", "ppo") else "TRL"
         raise UserError(f"{library} refuses this {parts.recipe.method} recipe: {said}") from error
 
 
@@ -242,7 +242,7 @@ def _finish(trainer: Any, folder: RunFolder, parts: Parts) -> None:
             say(result["summary"])
         _write_counts(folder, parts)  # those of a stream have grown
         write_text(folder.path / "README.md", model_card(folder, parts))
-        model = trainer.accelerator.unwrap_model(trainer.model)
+        model = trainer.trained_model()
         model.config.use_cache = True  # the Trainer turned it off for training
         adapters = {"selected_adapters": ["default"]} if isinstance(model, PeftModel) else {}
         with folder.saving_model() as temporary:

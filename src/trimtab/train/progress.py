@@ -13,6 +13,9 @@ _SHOWN = (
     "loss",
     "loss/rank",
     "loss/ft",
+    "reward",
+    "kl",
+    "response_length",
     "rewards/accuracies",
     "rewards/margins",
     "accuracy",
@@ -30,8 +33,9 @@ def log_line(state: TrainerState, logs: dict[str, Any], elapsed: float) -> str |
         logs: what was logged.
         elapsed: seconds since the training began.
     """
-    prefix = "eval_" if "eval_loss" in logs else ""
-    if f"{prefix}loss" not in logs:
+    evaluated = not {"eval_loss", "eval_reward"}.isdisjoint(logs)
+    prefix = "eval_" if evaluated else ""
+    if not evaluated and "loss" not in logs:
         return None
     values = [f"{name} {float(logs[prefix + name]):.4g}" for name in _SHOWN if prefix + name in logs]
     kind = "evaluation" if prefix else f"{elapsed:.0f} s"

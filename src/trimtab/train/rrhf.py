@@ -9,11 +9,9 @@ and the mean over the global batch's prompts is minimised.
 
 from __future__ import annotations
 
-from typing import Any
-
 from trimtab.recipe import RRHFLoss
-from trimtab.train.models import load_model, lora_config
 from trimtab.train.parts import Parts
+from trimtab.train.policy import load_policy
 from trimtab.train.rrhf_trainer import MergingRRHFTrainer, RRHFSettings
 
 
@@ -22,7 +20,7 @@ def make_trainer(parts: Parts) -> MergingRRHFTrainer:
     loss = parts.recipe.loss
     assert isinstance(loss, RRHFLoss)
     return MergingRRHFTrainer(
-        _policy(parts),
+        load_policy(parts),
         parts.arguments,
         settings=RRHFSettings(**loss.model_dump()),
         train_dataset=parts.train,
@@ -30,15 +28,3 @@ def make_trainer(parts: Parts) -> MergingRRHFTrainer:
         processing_class=parts.tokenizer,
         optimizer_plan=parts.plan,
     )
-
-
-def _policy(parts: Parts) -> Any:
-    model = load_model(parts.policy, parts.model_settings, trainable=True)
-    adapter = parts.recipe.adapter
-    if adapter is None:
-        return model
-    from peft import get_peft_model
-    from transformers import set_seed
-
-    set_seed(parts.arguments.seed)  # the adapter's weights are drawn here
-    return get_peft_model(model, lora_config(adapter, parts.recipe.method))

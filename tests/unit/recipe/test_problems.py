@@ -32,18 +32,18 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
     ("missing", DPO, {"data": ...}, "data is missing"),
     ("null", DPO, {"output": None}, "output must be text, not null"),
     ("no method", DPO, {"method": ...}, "method is missing; known: sft, dpo, ipo, kto, reward, rrhf"),
-    ("near method", DPO, {"method": "dppo"}, "method 'dppo' is not known; did you mean dpo?"),
+    ("near method", DPO, {"method": "dpoo"}, "method 'dpoo' is not known; did you mean dpo?"),
     (
         "later method",
         DPO,
-        {"method": "ppo"},
-        "method ppo is not available yet; available: sft, dpo, ipo, kto, reward, rrhf",
+        {"method": "grpo"},
+        "method grpo is not available yet; available: sft, dpo, ipo, kto, reward, rrhf, ppo",
     ),
     (
         "method of another type",
         DPO,
         {"method": ["dpo"]},
-        "method must be text, not a list; known: sft, dpo, ipo, kto, reward, rrhf",
+        "method must be text, not a list; known: sft, dpo, ipo, kto, reward, rrhf, ppo",
     ),
     ("text for a number", DPO, {"loss.beta": "yes"}, "loss.beta must be a number, not 'yes'"),
     ("boolean for a number", DPO, {"loss.beta": True}, "loss.beta must be a number, not true"),
@@ -384,6 +384,6 @@ def test_a_wrong_key_gives_no_echo_in_later_checks():
 
 def test_an_unknown_method_does_not_hide_the_rest():
     with pytest.raises(UserError) as caught:
-        make_recipe(changed(DPO, {"method": "ppo", "seed": "x", "base": "./nowhere", "loss.weird": 1}))
+        make_recipe(changed(DPO, {"method": "dpoo", "seed": "x", "base": "./nowhere", "loss.weird": 1}))
     keys = {line.split()[0] for line in str(caught.value).splitlines()[1:]}
     assert keys == {"method", "seed", "base"}

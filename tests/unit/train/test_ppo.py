@@ -1,0 +1,402 @@
+"""PPO from a recipe: a whole step is the oracle's; what it learns, saves, resumes and refuses."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests import tiny
+from tests.equivalence.runs import assert_same, assert_same_run
+from tests.oracle import ppo as oracle
+from trimtab import UserError
+from trimtab.train.checkpoints import checkpoint_folders
+
+pytestmark = pytest.mark.xdist_group("train")  # one worker: what costs is importing the trainers
+
+RULE = "tests.tiny:share_of_small"
+LOSS = {"rewards": RULE, "max_new_tokens": 6, "beta": 0.3}
+ADAMW = {"optimizer": tiny.ADAMW, "base": None}
+HEAD = {"pattern": "^value_head", "lr": 3e-2}
+
+
+def recipe(models: Any, rows: Any, output: Path, **sections: Any) -> dict[str, Any]:
+    sections["loss"] = {**LOSS, **sections.get("loss", {})}
+    return tiny.recipe(models, rows, output, method="ppo", **sections)
+
+
+def steps(folder: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if "loss" in line]
+
+
+# A whole step.
+
+PLACES = [*range(6, 12)]
+STEP = {"clip": 0.1, "value_clip": 0.05, "value_coefficient": 0.7, "discount": 0.9, "trace": 0.8}
+
+
+@pytest.fixture
+def moved(trainer_of: Any, in_float64: Any, tiny_models: Any) -> Any:
+    """A trainer in float64 whose policy is not the reference and has a value head that says something."""
+    loss = {**LOSS, **STEP, "max_new_tokens": 16, "temperature": 1.3, "missing_eos_penalty": 0.25}
+    training = {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 2}
+    trainer = trainer_of(method="ppo", loss=loss, training=training, **ADAMW)
+    trainer.model.double()
+    trainer.maker.reference.double()
+    move(trainer.model, 0, 0.05)
+    return trainer
+
+
+def move(model: Any, seed: int, scale: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.add_(scale * noise)
+
+
+def test_a_whole_step_is_the_oracle_s(moved: Any, in_float64: Any, tiny_models: Any) -> None:
+    trainer, places = moved, PLACES
+    rows = [trainer.train_dataset[place] for place in places]
+    judged = trainer.maker.judge(rows, places)
+    rollout = trainer.rollout = trainer.maker.make(rows, places, kl_coefficient=0.3)
+    assert rollout.logps.dtype == torch.float64
+    episodes = [
+        oracle.Episode(
+            row["prompt_ids"],
+            list(response.ids),
+            tiny.share_of_small([], [response.text], None)[0] - 0.25 * (response.end == "length"),
+        )
+        for row, response in zip(rows, judged.responses, strict=True)
+    ]
+    assert {response.end for response in judged.responses} == {"length", "eos"}
+    assert len({len(episode.prompt) for episode in episodes}) > 1
+    head = (trainer.model.value_head.weight[0], trainer.model.value_head.bias[0])
+    with torch.no_grad():
+        old = [oracle.token_terms(trainer.model, head, episode, 1.3) for episode in episodes]
+    old = [(logps.tolist(), values.tolist()) for logps, values in old]
+    move(trainer.model, 1, 0.02)
+
+    batches = [trainer._collate([0, 1, 2]), trainer._collate([3, 4, 5])]
+    tokens = torch.tensor(sum(len(episode.response) for episode in episodes))
+    losses = [trainer.compute_loss(trainer.model, batch, num_items_in_batch=tokens) for batch in batches]
+    sum(losses).backward()
+    found = {name: parameter.grad.clone() for name, parameter in trainer.model.named_parameters()}
+
+    trainer.model.zero_grad()
+    expected = oracle.step(
+        trainer.model, head, old, in_float64(tiny_models[1]), episodes, beta=0.3, temperature=1.3, **STEP
+    )
+    expected.backward()
+    assert sum(losses).item() == pytest.approx(expected.item(), rel=1e-9)
+    for name, parameter in trainer.model.named_parameters():
+        torch.testing.assert_close(found[name], parameter.grad, rtol=1e-6, atol=1e-9, msg=name)
+        assert parameter.grad.abs().max() > 1e-4, name
+    shares = dict(zip(("clip_fraction", "value_clip_fraction"), (trainer._step_sums[2:4]), strict=True))
+    assert all(0 < float(share) < 1 for share in shares.values()), shares
+
+
+def test_a_rollout_s_metrics_are_the_oracle_s(moved: Any, in_float64: Any, tiny_models: Any) -> None:
+    trainer, places = moved, PLACES
+    rows = [trainer.train_dataset[place] for place in places]
+    rollout = trainer.maker.make(rows, places, kl_coefficient=0.3)
+    head = (trainer.model.value_head.weight[0], trainer.model.value_head.bias[0])
+    kl, lengths, ended, rewards, objectives, values, returns = 0.0, 0, 0, 0.0, 0.0, [], []
+    for prompt, response in zip(rollout.prompt_ids, rollout.response_ids, strict=True):
+        finished = response[-1] == 1
+        text = trainer.processing_class.decode(response, skip_special_tokens=True)
+        reward = tiny.share_of_small([], [text], None)[0]
+        episode = oracle.Episode(prompt, response, reward - 0.25 * (not finished))
+        with torch.no_grad():
+            ours, value = oracle.token_terms(trainer.model, head, episode, 1.3)
+            theirs, _ = oracle.token_terms(in_float64(tiny_models[1]), head, episode, 1.3)
+        tokens = oracle.rewards(episode.score, ours.tolist(), theirs.tolist(), 0.3)
+        kl += float((ours - theirs).sum())
+        lengths, ended, rewards = lengths + len(response), ended + finished, rewards + reward
+        objectives += sum(tokens)
+        values += value.tolist()
+        returns += oracle.advantages(tokens, value.tolist(), 0.9, 0.8)[1]
+    expected = {
+        "kl": kl / 6,
+        "response_length": lengths / 6,
+        "ended_by_eos": ended / 6,
+        "reward": rewards / 6,
+        "objective": objectives / 6,
+        "explained_variance": oracle.explained_variance(values, returns),
+        "kl_coefficient": 0.3,
+    }
+    found = {name: rollout.metrics[name] for name in expected}
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert 0 < rollout.metrics["entropy"] <= 4.65  # log 104
+    white = rollout.advantages[rollout.logps != 0]
+    assert float(white.mean()) == pytest.approx(0, abs=1e-12)
+    assert float(white.var(correction=0)) == pytest.approx(1, rel=1e-6)
+
+
+def test_the_first_minibatch_has_the_ratio_1(tiny_models: Any, tiny_pairs: Any, tmp_path: Path) -> None:
+    loss = {"epochs": 1}
+    folder = tiny.train(recipe(tiny_models, tiny_pairs, tmp_path / "o", loss=loss, **ADAMW))
+    for line in steps(folder):
+        assert line["ratio"] == pytest.approx(1, abs=1e-5)
+        assert line["clip_fraction"] == 0
+        assert line["approx_kl"] == pytest.approx(0, abs=1e-9)
+
+
+def test_every_prompt_has_its_turn(trainer_of: Any) -> None:
+    """Rollouts of 10 prompts from 24 rows: each pass over the rows has each of them once."""
+    loss = {**LOSS, "minibatches": 5}
+    trainer = trainer_of(method="ppo", loss=loss, training={"per_device_train_batch_size": 2}, **ADAMW)
+    assert trainer.rows_per_rollout == 10
+    taken, places = [], []
+    for number in range(12):
+        rows, at = trainer._prompts(number)
+        taken += [json.dumps(row["prompt"]) for row in rows]
+        places += at
+    assert places == list(range(120))
+    passes = [taken[first : first + 24] for first in range(0, 120, 24)]
+    assert all(len(set(one)) == 24 for one in passes)
+    assert passes[0] != passes[1]
+    seen = [
+        sorted(row for minibatch in range(5) for row in trainer._minibatch(3, 5 * epoch + minibatch))
+        for epoch in (0, 1)
+    ]
+    assert seen == [list(range(10))] * 2
+
+
+# Runs.
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        tiny.ADAMW,
+        {"name": "ondare"},
+        {"name": "onties", "merge_every": 2},
+        {"name": "online_merging", "sparsify": "top", "consensus": "sign"},
+    ],
+    ids=lambda section: section["name"],
+)
+def test_a_run(optimizer: dict[str, Any], tiny_models: Any, tiny_pairs: Any, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    merges = {} if optimizer["name"] != "adamw" else {"base": None}
+    values = recipe(
+        tiny_models,
+        tiny_pairs,
+        tmp_path / "o",
+        optimizer=optimizer,
+        loss={"epochs": 2, "minibatches": 2},
+        evaluation={"samples": 1, "max_new_tokens": 2},
+        **merges,
+    )
+    folder = tiny.train(values)
+    assert [line["step"] for line in steps(folder)] == [1, 2, 3, 4]
+    for line in steps(folder):
+        assert line["loss"] == pytest.approx(
+            line["loss/policy"] + 0.1 * line["loss/value"], rel=1e-4, abs=1e-6
+        )
+        names = {
+            "reward",
+            "objective",
+            "kl",
+            "kl_coefficient",
+            "entropy",
+            "clip_fraction",
+            "approx_kl",
+            "ratio",
+        }
+        names |= {"explained_variance", "value_clip_fraction", "response_length", "ended_by_eos"}
+        assert names <= line.keys()
+        assert line["objective"] == pytest.approx(line["reward"] - 0.3 * line["kl"], rel=1e-5)
+    start, trained = tiny.weights(tiny_models[1]), tiny.weights(folder / "model")
+    assert trained.keys() == start.keys()
+    assert any(not torch.equal(trained[name], start[name]) for name in start)
+    _, loading = AutoModelForCausalLM.from_pretrained(folder / "model", output_loading_info=True)
+    assert not any(loading[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert {path.name for path in (folder / "checkpoint-4").iterdir()} >= {
+        "value_head.safetensors",
+        "rollout_0.pt",
+    }
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "eval_reward" in line] == [0, 4]
+    card = (folder / "README.md").read_text()
+    assert "PPO, arXiv 1707.06347" in card
+    assert "| reward |" in card
+    assert "what the reward that was trained for thinks" in card
+    if merges == {}:
+        assert "value_head" in (folder / "recipe.yaml").read_text().partition("without_delta")[2]
+
+
+def cut_off(whole: Path, step: int, copy: Path) -> None:
+    """A copy of a run as a kill behind a checkpoint would have left it."""
+    shutil.copytree(whole, copy)
+    shutil.rmtree(copy / "model")
+    for later in [at for at in checkpoint_folders(copy) if at > step]:
+        shutil.rmtree(checkpoint_folders(copy)[later])
+
+
+@pytest.mark.parametrize("step", [3, 4, 6])
+def test_a_resumed_run_is_the_uninterrupted_one(
+    step: int, tiny_models: Any, tiny_pairs: Any, tmp_path: Path
+) -> None:
+    """Cut off within a rollout (3), where one is used up (4), and in the next pass over the rows (6)."""
+    values = recipe(
+        tiny_models,
+        tiny_pairs,
+        tmp_path / "whole",
+        loss={"epochs": 2, "minibatches": 2, "kl_target": 0.01, "kl_gain": 1.0},
+        training={"max_steps": 7, "save_steps": 1, "per_device_train_batch_size": 8},
+        evaluation={"every": 2},
+    )
+    whole = tiny.train(values)
+    assert len({line["kl_coefficient"] for line in steps(whole)}) == 2
+    cut_off(whole, step, tmp_path / "copy")
+    tiny.train({**values, "output": str(tmp_path / "copy")}, resume=True)
+    assert_same_run(tmp_path / "copy", whole)
+    for name in ("value_head.safetensors", "rollout_0.pt"):
+        load = (
+            torch.load if name.endswith(".pt") else __import__("safetensors.torch", fromlist=["x"]).load_file
+        )
+        states = [load(run / "checkpoint-7" / name) for run in (tmp_path / "copy", whole)]
+        assert_same(*states, name)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_reward_rises(seed: int, tiny_models: Any, tiny_pairs: Any, tmp_path: Path) -> None:
+    folder = tiny.train(learning(tiny_models, tiny_pairs, tmp_path / "o", seed, {"beta": 0.01}, 60))
+    lines = steps(folder)
+    assert lines[0]["reward"] < 0.4, "26 of 104 tokens are small letters"
+    assert lines[-1]["reward"] > 0.65
+    assert lines[-1]["kl"] > 4, "and nothing keeps it near the reference"
+    assert lines[-1]["entropy"] < lines[0]["entropy"]
+
+
+def test_the_divergence_stays_near_its_target(tiny_models: Any, tiny_pairs: Any, tmp_path: Path) -> None:
+    loss = {"beta": 0.2, "kl_target": 1.0, "kl_gain": 0.5}
+    lines = steps(tiny.train(learning(tiny_models, tiny_pairs, tmp_path / "o", 0, loss, 100)))
+    assert all(line["kl"] < 2.5 for line in lines)
+    assert 0.5 < sum(line["kl"] for line in lines[-2:]) / 2 < 1.5
+    assert lines[-1]["reward"] > lines[0]["reward"] + 0.08
+    assert len({line["kl_coefficient"] for line in lines}) == len(lines)
+
+
+def learning(
+    models: Any, rows: Any, output: Path, seed: int, loss: dict[str, Any], count: int
+) -> dict[str, Any]:
+    return recipe(
+        models,
+        rows,
+        output,
+        seed=seed,
+        loss={**loss, "max_new_tokens": 8, "epochs": 2},
+        optimizer={**tiny.ADAMW, "lr": 3e-3, "groups": [HEAD]},
+        base=None,
+        schedule={"lr": {"type": "constant"}},
+        training={
+            "max_steps": count,
+            "save_steps": count,
+            "logging_steps": 20,
+            "per_device_train_batch_size": 16,
+        },
+    )
+
+
+def test_under_an_adapter_the_reference_is_the_model_without_it(
+    tiny_models: Any, tiny_pairs: Any, tmp_path: Path
+) -> None:
+    sections = {**ADAMW, "adapter": {"r": 2}, "training": {"max_steps": 4, "save_steps": 3}}
+    values = recipe(tiny_models, tiny_pairs, tmp_path / "whole", loss={"epochs": 2}, **sections)
+    folder = tiny.train(values)
+    assert (folder / "model" / "adapter_model.safetensors").is_file()
+    assert not any("value_head" in name for name in adapter_weights(folder / "model"))
+    first, last = steps(folder)[0], steps(folder)[-1]
+    assert first["kl"] == pytest.approx(0, abs=1e-5)
+    assert abs(last["kl"]) > 1e-4
+    cut_off(folder, 3, tmp_path / "copy")
+    tiny.train({**values, "output": str(tmp_path / "copy")}, resume=True)
+    assert_same_run(tmp_path / "copy", folder)
+
+
+def adapter_weights(folder: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def test_parts_of_a_sum_are_logged(tiny_models: Any, tiny_pairs: Any, tmp_path: Path) -> None:
+    loss = {"rewards": [RULE, {"rule": "tests.tiny:minus_length", "weight": 0.5}]}
+    folder = tiny.train(
+        recipe(tiny_models, tiny_pairs, tmp_path / "o", loss=loss, training={"max_steps": 1}, **ADAMW)
+    )
+    line = steps(folder)[0]
+    small, short = line[f"reward/{RULE}"], line["reward/tests.tiny:minus_length"]
+    assert line["reward"] == pytest.approx(small + 0.5 * short, rel=1e-6)
+    assert -6 <= short < 0
+
+
+def test_a_reward_model_scores(tiny_models: Any, tiny_pairs: Any, tmp_path: Path) -> None:
+    judge = tiny.train(
+        tiny.recipe(tiny_models, tiny_pairs, tmp_path / "judge", method="reward", training={"max_steps": 2})
+    )
+    loss = {"rewards": str(judge / "model")}
+    folder = tiny.train(recipe(tiny_models, tiny_pairs, tmp_path / "o", loss=loss, **ADAMW))
+    assert len({line["reward"] for line in steps(folder)}) >= 1
+    assert all(line["reward"] != 0 for line in steps(folder))
+
+
+def test_a_score_that_is_not_finite_is_refused(tiny_models: Any, tiny_pairs: Any, tmp_path: Path) -> None:
+    values = recipe(tiny_models, tiny_pairs, tmp_path / "o", loss={"rewards": "tests.tiny:not_a_number"})
+    with pytest.raises(UserError, match="every score must be a finite number"):
+        tiny.train(values)
+
+
+def test_a_dry_run_counts_steps_and_memory(
+    tiny_models: Any, tiny_pairs: Any, tmp_path: Path, capsys: Any
+) -> None:
+    from trimtab.recipe import make_recipe
+    from trimtab.train import config_class, run
+
+    training = {"max_steps": -1, "num_train_epochs": 2, "per_device_train_batch_size": 5}
+    values = recipe(
+        tiny_models, tiny_pairs, tmp_path / "o", loss={"epochs": 3, "minibatches": 2}, training=training
+    )
+    run(make_recipe(values, config_class=config_class), dry_run=True)
+    said = capsys.readouterr().out
+    assert "36 of 5 " in said  # 24 rows are 3 rollouts of 10, 6 steps each, twice
+    assert "memory: reference model" in said
+    folder = tiny.train(values)
+    assert steps(folder)[-1]["step"] == 36
+
+
+@pytest.mark.parametrize(
+    ("sections", "sentence"),
+    [
+        ({"loss": {"rewards": None}}, r"loss\.rewards is missing"),
+        ({"loss": {"clip": 1.0}}, r"loss\.clip must be below 1, not 1"),
+        ({"loss": {"epochs": 0}}, r"loss\.epochs must be at least 1, not 0"),
+        ({"loss": {"trace": 1.5}}, r"loss\.trace must be at most 1, not 1\.5"),
+        ({"loss": {"kl_gain": 6}}, r"loss\.kl_gain must be below 5, not 6"),
+        ({"loss": {"kl_target": 1, "beta": 0}}, r"loss\.kl_target cannot be reached from a beta of 0"),
+        ({"loss": {"minibatchs": 2}}, r"loss\.minibatchs .*minibatches"),
+        ({"loss": {"max_new_tokens": 64}}, r"loss\.max_new_tokens is 64 and leaves no room for a prompt"),
+        ({"loss": {"rewards": "tests.tiny:nothing"}}, r"loss\.rewards.*nothing"),
+        ({"data": {"streaming": True}}, r"data\.streaming is not supported for method ppo"),
+        ({"training": {"dataloader_drop_last": True}}, r"dataloader_drop_last has no effect with method ppo"),
+        ({"training": {"max_stepz": 5}}, r"max_stepz is not a field of PPOConfig; did you mean"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_meant_is_refused(
+    sections: dict[str, Any], sentence: str, tiny_models: Any, tiny_pairs: Any, tmp_path: Path
+) -> None:
+    rest = {name: section for name, section in sections.items() if name != "data"}
+    values = recipe(tiny_models, tiny_pairs, tmp_path / "o", **rest)
+    values["data"] |= sections.get("data", {})
+    values["loss"] = {key: value for key, value in values["loss"].items() if value is not None}
+    with pytest.raises(UserError, match=sentence):
+        tiny.train(values)
+    assert not (tmp_path / "o").exists()
