@@ -116,6 +116,12 @@ def test_what_is_written_trains_with_rrhf(files: Place, trimtab: Run) -> None:
     assert (files.folder / "run" / "model" / "model.safetensors").is_file()
     judged = json.loads((files.folder / "run" / "results" / "rewards.json").read_text())
     assert (judged["pairs"], judged["prompts"]) == (4 - counts["responses"]["tied_prompts"],) * 2
+    result = trimtab("data", "score", "ranked.jsonl", "--likelihood", "run/model", "--out", "score.json")
+    assert result.code == 0, result.err
+    measured = json.loads((files.folder / "score.json").read_text())
+    assert {name: measured[name] for name in ("pairs", "prompts", "correct", "interval")} == {
+        name: judged[name] for name in ("pairs", "prompts", "correct", "interval")
+    }
 
 
 def test_a_reward_model_and_a_likelihood_score(files: Place, trimtab: Run) -> None:

@@ -93,16 +93,10 @@ class RankedPipeline(Pipeline):
         }
 
     def _encoded(self, record: Record, prompt: Any, responses: list[Any]) -> dict[str, Any]:
-        import jinja2
-
         try:
             encoded = self._encode(self._ruler.tokenizer, prompt, responses)
         except UserError as error:
             raise UserError(f"{record.place}: {error}") from error
-        except (jinja2.TemplateError, TypeError, KeyError) as error:
-            raise UserError(
-                f"{record.place}: the tokenizer's chat template refuses these messages: {error}"
-            ) from error
         if not encoded["prompt_ids"]:
             raise Dropped("empty_prompt")
         return encoded

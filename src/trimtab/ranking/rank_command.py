@@ -21,7 +21,7 @@ from trimtab.ranking.scoring import Group, checked_target, score_groups
 from trimtab.ranking.summary import Ranked, show_ranked
 from trimtab.rewards.loading import Sources, find_rewards, load_reward, model_names
 from trimtab.sampling import Sampling
-from trimtab.terminal import plain_libraries
+from trimtab.terminal import plain_libraries, progress_bar
 
 
 def rank(
@@ -76,8 +76,10 @@ def rank(
         raise UserError("generated responses have no scores; name what scores them (--reward, --likelihood)")
     with plain_libraries():
         candidates, left_out = Candidates(), 0
-        for path, name in zip(files, file_names(files), strict=True):
-            read_outputs(path, name, candidates, chat=chat)
+        with progress_bar("reading files", len(files)) as advance:
+            for path, name in zip(files, file_names(files), strict=True):
+                read_outputs(path, name, candidates, chat=chat)
+                advance(1)
         if prompts is not None:
             left_out = read_prompts(prompts, candidates, chat=chat)
         for place, (model, name) in enumerate(zip(found, model_names(models), strict=True)):

@@ -21,7 +21,7 @@ from trimtab.rewards.ranked_batches import (
     plain_head,
     response_log_probabilities,
 )
-from trimtab.rewards.reward import Prompt, Rows, checked_scores, prompt_key
+from trimtab.rewards.reward import Prompt, Rows, checked_scores, prompt_key, shown
 
 
 class RRHFScorer:
@@ -105,7 +105,7 @@ class RRHFScorer:
         parts = [
             (part, place, places)
             for place, (prompt, responses) in enumerate(rows)
-            for part, places in self._parts(encode_ranked(self.tokenizer, prompt, responses))
+            for part, places in self._parts(self._encoded(prompt, responses))
         ]
         parts.sort(key=lambda part: _size(part[0]))
         found = [[0.0] * len(responses) for _, responses in rows]
@@ -117,6 +117,12 @@ class RRHFScorer:
                     for index, value in zip(places, values, strict=True):
                         found[place][index] = value
         return found
+
+    def _encoded(self, prompt: Prompt, responses: Sequence[Any]) -> dict[str, Any]:
+        try:
+            return encode_ranked(self.tokenizer, prompt, responses)
+        except UserError as error:
+            raise UserError(f"{self.name}, on the prompt {shown(prompt)}: {error}") from error
 
     def _parts(self, row: dict[str, Any]) -> Iterator[tuple[dict[str, Any], list[int]]]:
         """The responses that fit behind the prompt, together; each other one behind what fits of it."""

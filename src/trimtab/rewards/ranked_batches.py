@@ -276,18 +276,23 @@ def encode_ranked(tokenizer: Any, prompt: Any, responses: Sequence[Any]) -> dict
         ``{"prompt_ids", "response_ids"}``.
 
     Raises:
-        UserError: if the chat template is missing or does not write the response after the prompt.
+        UserError: if the chat template is missing, refuses the messages, or does not write the response
+            after the prompt.
     """
     if isinstance(prompt, str):
         end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         texts = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in responses]
         return {"prompt_ids": tokenizer(prompt)["input_ids"], "response_ids": [ids + end for ids in texts]}
+    import jinja2
+
     if tokenizer.chat_template is None:
         raise UserError("a prompt of messages needs a tokenizer with a chat template; this one has none")
     try:
         encoded = [encode(tokenizer, prompt, _answer(response)) for response in responses]
     except ValueError as error:
         raise UserError(str(error)) from error
+    except (jinja2.TemplateError, TypeError, KeyError) as error:
+        raise UserError(f"the tokenizer's chat template refuses these messages: {error}") from error
     prompt_ids = list(encoded[0].ids[: encoded[0].start]) if encoded else []
     return {"prompt_ids": prompt_ids, "response_ids": [list(one.ids[one.start :]) for one in encoded]}
 

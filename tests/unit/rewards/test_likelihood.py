@@ -100,6 +100,14 @@ def test_pairwise_accuracy_has_an_interval(model: Any, tokenizer: Any) -> None:
         scorer.accuracy([])
 
 
+def test_messages_that_the_template_refuses_are_said_with_the_prompt(model: Any) -> None:
+    strict = tiny.tokenizer("{{ raise_exception('no system here') }}")
+    with pytest.raises(UserError, match=r"likelihood, on the prompt 'say hi': .* refuses .* no system here"):
+        RRHFScorer(model, strict)([ASKED], ["hi"])
+    with pytest.raises(UserError, match=r"on the prompt 'say hi': .* needs a tokenizer with a chat template"):
+        RRHFScorer(model, tiny.tokenizer(chat_template=None))([ASKED], ["hi"])
+
+
 def test_weights_that_are_not_finite_are_said_with_the_prompt(tokenizer: Any) -> None:
     model = tiny.model()
     model.model.norm.weight.data.fill_(float("nan"))

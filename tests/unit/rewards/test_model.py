@@ -100,6 +100,34 @@ def test_a_tokenizer_without_a_chat_template_reads_text_only() -> None:
         RewardModel(model, plain)([ASKED], ["hi"])
 
 
+def test_an_encoder_that_reads_its_score_at_the_start() -> None:
+    from transformers import BertConfig, BertForSequenceClassification
+
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=104,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=64,
+        num_labels=1,
+    )
+    model, tokenizer = BertForSequenceClassification(config), tiny.tokenizer()
+    model.classifier.weight.data.mul_(50)
+    known = [alone(model, ids_of(tokenizer, *pair)) for pair in zip(MIXED, RESPONSES, strict=True)]
+    assert max(known) - min(known) > 0.1
+    assert RewardModel(model, tokenizer)(MIXED, RESPONSES) == pytest.approx(known, abs=1e-5)
+
+
+def test_a_conversation_that_the_template_refuses_is_said() -> None:
+    strict = tiny.tokenizer("{{ raise_exception('no system here') }}")
+    with pytest.raises(
+        UserError, match="the chat template refuses the conversation 'say hi': no system here"
+    ):
+        RewardModel(classifier(), strict)([ASKED], ["hi"])
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     classifier().save_pretrained(tmp_path / "rm")

@@ -15,6 +15,7 @@ from tests import tiny
 from tests.equivalence.runs import assert_same_run
 from tests.oracle import losses
 from trimtab import UserError
+from trimtab.rewards import load_reward
 from trimtab.train.checkpoints import checkpoint_folders
 from trimtab.train.terminal import plain_libraries
 
@@ -89,14 +90,22 @@ def test_without_a_pad_token_the_end_of_the_turn_pads_and_scores_stay_the_same(
 
 
 def assert_scores_again(model: Any, run: Path, file: Path) -> None:
-    """A loaded model scores the held-out conversations, one by one, as the run did in padded batches."""
+    """A loaded model scores the held-out conversations, one by one, as the run did in padded batches.
+
+    And ``trimtab.rewards`` loads the same folder as a reward that does too, in batches of its own.
+    """
     from transformers import AutoTokenizer
 
+    with plain_libraries():
+        reward = load_reward(str(run / "model"), batch_size=3)
     tokenizer = AutoTokenizer.from_pretrained(run / "model")
     assert (model.config.num_labels, model.config.pad_token_id) == (1, tokenizer.pad_token_id)
     result = json.loads((run / "results" / "rewards.json").read_text())
     pairs = [json.loads(line) for line in file.read_text().splitlines()]
     assert len(result["scores"]) == len(pairs) == result["pairs"]
+    for side in ("chosen", "rejected"):
+        found = reward([pair["prompt"] for pair in pairs], [pair[side][0]["content"] for pair in pairs])
+        assert found == pytest.approx([scores[side] for scores in result["scores"]], abs=1e-5)
     for pair, scores in zip(pairs, result["scores"], strict=True):
         for side in ("chosen", "rejected"):
             encoded = tokenizer.apply_chat_template(
