@@ -76,6 +76,29 @@ def write_models(folder: Path, *, dtype: torch.dtype = torch.float32, **config: 
     return folder / "base", folder / "reference"
 
 
+def write_adapter(on: Path, folder: Path, *, r: int = 2) -> Path:
+    """Write a LoRA adapter on a model folder with B away from 0, and what it was before, as a run does."""
+    from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM
+
+    from trimtab.train.terminal import plain_libraries
+
+    config = LoraConfig(r=r, target_modules="all-linear", task_type="CAUSAL_LM")
+    with plain_libraries():
+        adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(on), config)
+    initial = {name: value.clone() for name, value in get_peft_model_state_dict(adapted).items()}
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name:
+                parameter.add_(0.01 * torch.randn(parameter.shape, generator=generator))
+    adapted.save_pretrained(folder)
+    save_file(initial, folder / "initial_adapter.safetensors")
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
 def preference_rows(count: int, seed: int = 0) -> list[dict[str, Any]]:
     """Conversational preference pairs about copying a word: chosen repeats it, rejected is another."""
     chooser = random.Random(seed)

@@ -52,6 +52,8 @@ def test_a_shipped_recipe(path, place, trimtab):
     if values["method"] == "sft":
         tiny.write_rows(place.folder / "pairs.jsonl", tiny.instruction_rows(24))
     stand_ins = {"model": "./reference", "reference": "./reference", "base": "./base", "delta": "./tau"}
+    if "lora" in values.get("reference", ""):
+        stand_ins["reference"] = f"./{tiny.write_adapter(Path('reference'), Path('adapter'))}"
     overrides = [f"{key}={stand_in}" for key, stand_in in stand_ins.items() if values.get(key)]
     overrides += [f"data.{part}=pairs.jsonl" for part in ("train", "eval") if values["data"].get(part)]
     overrides += ["optimizer.projection.data=pairs.jsonl"] * ("projection" in values.get("optimizer", {}))

@@ -29,6 +29,32 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
         4,
         {"optimizer": {"name": "online_merging", "sparsify": "top", "consensus": "linear", "merge_every": 5}},
     ),
+    "GaLore, merged, K = 3": (
+        4,
+        {
+            "optimizer": {
+                **{"name": "online_merging", "inner": "galore", "sparsify": "top", "consensus": "sign"},
+                **{"galore": {"rank": 4, "update_proj_gap": 3}, "merge_every": 3, "lr": 0.01},
+            }
+        },
+    ),
+    "GaLore on bf16 weights": (
+        2,
+        {
+            "base": None,
+            "optimizer": {**tiny.ADAMW, "name": "galore", "galore": {"rank": 4, "update_proj_gap": 2}},
+            "training": {"model_init_kwargs": {"dtype": "bfloat16"}},
+        },
+    ),
+    "Adafactor, merged": (
+        2,
+        {
+            "optimizer": {
+                **{"name": "online_merging", "inner": "adafactor"},
+                **{"sparsify": "bernoulli", "consensus": "linear"},
+            }
+        },
+    ),
     "bf16 weights with residuals": (2, {"training": {"model_init_kwargs": {"dtype": "bfloat16"}}}),
     "bf16 autocast, checkpointing, accumulation": (
         4,

@@ -108,6 +108,11 @@ def find_models(recipe: Recipe) -> tuple[ModelFolder, ModelFolder | None]:
             f"model {policy.label!r} is an adapter already, so the recipe's adapter cannot be added to it; "
             "leave adapter out to train it further, or merge it into its model first"
         )
+    if policy.is_adapter and recipe.optimizer.plain == "galore":
+        raise UserError(
+            f"galore projects whole matrices to a low rank, and those of the adapter {policy.label!r} are of "
+            "low rank already; take adamw"
+        )
     if policy.is_adapter and recipe.method == "reward":
         raise UserError(
             f"model {policy.label!r} is an adapter of a language model, which has no place for a score; "

@@ -335,6 +335,7 @@ def test_a_policy_that_is_not_the_reference_is_refused(
             "an adapter is trained on .*, and the delta is one of whole models",
         ),
         ({"adapter": {"r": 2}}, "is an adapter already, so the recipe's adapter cannot be added to it"),
+        ({"optimizer": {**PAIRING, "inner": "galore"}}, "galore projects whole matrices to a low rank"),
         ({"adapter": {"r": 2}, "base": 0}, "adapter cannot go with base: .* a trained adapter as reference"),
     ],
 )  # fmt: skip
