@@ -21,7 +21,12 @@ RECIPES = [path for path in FOUND if path not in MERGES]
 
 
 def test_the_recipes_are_found():
-    assert {path.name for path in RECIPES} >= {"smollm2-sft.yaml", "smollm2-dpo.yaml"}
+    assert {path.name for path in RECIPES} >= {
+        "smollm2-sft.yaml",
+        "smollm2-dpo.yaml",
+        "smollm2-grpo.yaml",
+        "smollm2-rloo.yaml",
+    }
     methods = {yaml.safe_load(path.read_text(encoding="utf-8"))["merge_method"] for path in MERGES}
     assert methods == {"linear", "task_arithmetic", "ties", "dare_linear", "dare_ties", "slerp", "hma"}
 

@@ -171,7 +171,7 @@ RECIPES: dict[str, tuple[Prepare, dict[str, Any], list[str]]] = {
         {"training.per_device_train_batch_size": 0},
         ["training.per_device_train_batch_size must be at least 1, not 0"],
     ),
-    "method of a later version": (nothing, {"method": "grpo"}, ["method grpo is not available yet"]),
+    "unknown method": (nothing, {"method": "raft"}, ["method 'raft' is not known; known: sft, dpo"]),
     "share above 1": (
         nothing,
         {"optimizer.merge_weight": 2},

@@ -13,7 +13,7 @@ from trimtab.recipe.combinations import combination_problems
 from trimtab.recipe.paths import path_problems
 from trimtab.recipe.problems import problems_of
 from trimtab.recipe.reading import lay_over, read_recipe_file
-from trimtab.recipe.recipe import METHODS, NOT_YET, Recipe, SFTRecipe
+from trimtab.recipe.recipe import METHODS, Recipe, SFTRecipe
 from trimtab.recipe.training_fields import check_training_fields, owned_problems
 from trimtab.yaml_file import Key, Places, Problem, refusal, spelled
 
@@ -100,8 +100,6 @@ def _method(values: dict[str, Any]) -> tuple[type[Recipe], dict[str, Any], list[
         message = f"is missing; known: {known}"
     elif not isinstance(name, str):
         message = f"must be text, not {spelled(name)}; known: {known}"
-    elif name in NOT_YET:
-        message = f"{name} is not available yet; available: {known}"
     else:
         close = nearest(name, METHODS)
         message = f"{spelled(name)} is not known; " + (

@@ -142,3 +142,37 @@ class PPOLoss(SampledLoss):
     """Taken off the reward of responses that max_new_tokens cut off; null: nothing is."""
     generation_batch_size: PositiveCount = 16
     """Responses that each process generates at once."""
+
+
+class GRPOLoss(SampledLoss):
+    """Group relative policy optimization (arXiv 2402.03300), as TRL computes it."""
+
+    beta: NonNegative = 0.04
+    """Coefficient of the KL divergence from the reference; 0.04 in the paper, 0: no reference is loaded."""
+    num_generations: Annotated[PositiveCount, Field(ge=2)] = 8
+    """G: responses to each prompt, among which advantages are taken."""
+    num_iterations: PositiveCount = 1
+    """mu: passes over each batch of responses."""
+    epsilon: Annotated[Positive, Field(lt=1)] = 0.2
+    """Clip range of the probability ratio, downwards; upwards too unless epsilon_high is given."""
+    epsilon_high: Positive | None = None
+    """Clip range upwards, where it is another."""
+    type: Literal["grpo", "bnpo", "dr_grpo", "dapo"] = "grpo"
+    """What sums over tokens are divided by: a response's length (grpo: the paper's) or one number for all."""
+    scale_rewards: Literal["group", "batch", "none"] = "group"
+    """Standard deviation that advantages are divided by: the group's (the paper's), the batch's, or none."""
+
+
+class RLOOLoss(SampledLoss):
+    """REINFORCE leave-one-out (arXiv 2402.14740), as TRL computes it."""
+
+    beta: NonNegative = 0.05
+    """Coefficient of the KL divergence from the reference, which is taken off the reward."""
+    num_generations: Annotated[PositiveCount, Field(ge=2)] = 2
+    """k: responses to each prompt; the mean reward of the others is the baseline of each."""
+    num_iterations: PositiveCount = 1
+    """Passes over each batch of responses."""
+    epsilon: Annotated[Positive, Field(lt=1)] = 0.2
+    """Clip range of a response's probability ratio, which matters from the second pass on."""
+    normalize_advantages: Flag = False
+    """Give advantages mean 0 and standard deviation 1 within the batch."""

@@ -8,10 +8,12 @@ from pydantic import Field, ModelWrapValidatorHandler, model_validator
 
 from trimtab.recipe.losses import (
     DPOLoss,
+    GRPOLoss,
     IPOLoss,
     KTOLoss,
     PPOLoss,
     RewardLoss,
+    RLOOLoss,
     RRHFLoss,
     SampledLoss,
     SFTLoss,
@@ -34,7 +36,7 @@ class Recipe(Section):
     default_lr: ClassVar[float] = 2e-5
 
     method: str
-    """What to train with: sft, dpo, ipo, kto, reward, rrhf or ppo."""
+    """What to train with: sft, dpo, ipo, kto, reward, rrhf, ppo, grpo or rloo."""
     model: Text | None = None
     """Where the policy starts: a model folder or a hub id; the reference when not given."""
     reference: Text | None = None
@@ -195,6 +197,20 @@ class PPORecipe(AgainstReference):
         return super()._fill_models(values)
 
 
+class GRPORecipe(AgainstReference):
+    """Group relative policy optimization: the policy's own answers, compared within a group."""
+
+    method: Literal["grpo"]
+    loss: GRPOLoss
+
+
+class RLOORecipe(AgainstReference):
+    """REINFORCE with the other answers to the prompt as the baseline."""
+
+    method: Literal["rloo"]
+    loss: RLOOLoss
+
+
 SCORE_HEAD = r"^(score|classifier)\."
 """Finds the head of a sequence classification model, as transformers names it."""
 
@@ -212,8 +228,7 @@ METHODS: dict[str, type[Recipe]] = {
     "reward": RewardRecipe,
     "rrhf": RRHFRecipe,
     "ppo": PPORecipe,
+    "grpo": GRPORecipe,
+    "rloo": RLOORecipe,
 }
 """The recipe class of each method."""
-
-NOT_YET = ("grpo", "rloo")
-"""Methods that are planned and refused by name until they are there."""

@@ -37,6 +37,22 @@ OWNED: dict[str, str] = {
     "desirable_weight": "loss.desirable_weight",
     "undesirable_weight": "loss.undesirable_weight",
     "center_rewards_coefficient": "loss.center_rewards",
+    "max_completion_length": "loss.max_new_tokens",
+    **{
+        name: f"loss.{name}"
+        for name in (
+            "temperature",
+            "top_p",
+            "top_k",
+            "num_generations",
+            "num_iterations",
+            "epsilon",
+            "epsilon_high",
+            "scale_rewards",
+            "normalize_advantages",
+        )
+    },
+    "reward_weights": "loss.rewards",
     "completion_only_loss": "loss.completion_only",
     "packing": "loss.packing",
     "max_length": "data.max_length",

@@ -10,15 +10,18 @@ import torch
 from trimtab.errors import UserError, unknown
 from trimtab.recipe import (
     DPOLoss,
+    GRPOLoss,
     IPOLoss,
     KTOLoss,
     LearningRateSchedule,
     PPOLoss,
     Recipe,
     RewardLoss,
+    RLOOLoss,
     RRHFLoss,
     SFTLoss,
 )
+from trimtab.train.group_arguments import group_fields
 
 OURS = ("save_total_limit", "model_init_kwargs", "precompute_ref_log_probs")
 """Fields of the ``training`` section that we act on ourselves (the last one together with TRL)."""
@@ -50,6 +53,8 @@ def config_class(method: str) -> type:
         "reward": trl.RewardConfig,
         "rrhf": RRHFConfig,
         "ppo": PPOConfig,
+        "grpo": trl.GRPOConfig,
+        "rloo": trl.RLOOConfig,
     }
     if method not in classes:
         raise UserError(f"method {method!r} is not available yet; available: {', '.join(classes)}")
@@ -154,6 +159,8 @@ def _loss(recipe: Recipe) -> dict[str, Any]:
     loss = recipe.loss
     if isinstance(loss, RRHFLoss | PPOLoss):
         return {}  # the trainer takes it as its settings, and the rows come with their lengths checked
+    if isinstance(loss, GRPOLoss | RLOOLoss):
+        return group_fields(recipe)  # prompts come cut to their room
     return {"max_length": recipe.data.max_length, **_loss_of_trl(loss)}
 
 

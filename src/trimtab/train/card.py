@@ -17,6 +17,8 @@ _NAMES = {
     "ipo": "Identity preference optimization (arXiv 2310.12036)",
     "kto": "Kahneman-Tversky optimization (arXiv 2402.01306)",
     "reward": "A reward model",
+    "grpo": "Group relative policy optimization (arXiv 2402.03300)",
+    "rloo": "REINFORCE leave-one-out (arXiv 2402.14740)",
     "rrhf": "Ranking responses by their log-probability (RRHF, arXiv 2304.05302)",
     "ppo": "Proximal policy optimization (PPO, arXiv 1707.06347)",
 }
@@ -33,6 +35,9 @@ _MEASURED = (
     "accuracy",
     "margin",
     "mean_token_accuracy",
+    "reward",
+    "entropy",
+    "completions/mean_length",
 )
 
 

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.syntax import Syntax
 from rich.table import Table
 
-from trimtab.recipe import Recipe
+from trimtab.recipe import Recipe, SampledLoss
 from trimtab.train.drift import Drift
 from trimtab.train.estimate import Size, measure
 from trimtab.train.parts import gather_parts
@@ -49,7 +49,8 @@ def size_table(size: Size, recipe: Recipe) -> Table:
     table.add_row("parameters", f"{size.parameters:,} ({size.trainable:,} trained)")
     table.add_row("rows", "streamed" if size.rows is None else f"{size.rows:,}")
     packed = "at most " if getattr(recipe.loss, "packing", False) else ""
-    table.add_row("steps", f"{packed}{size.steps:,} of {size.batch:,} rows")
+    unit = "responses" if isinstance(recipe.loss, SampledLoss) else "rows"
+    table.add_row("steps", f"{packed}{size.steps:,} of {size.batch:,} {unit}")
     if recipe.optimizer.merges:
         table.add_row("drift", f"{Drift(recipe).after(size.steps, of=size.steps):.3g} τ expected at the end")
     for name, count in size.memory.items():

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
+from trimtab.delta.checkpoint import open_checkpoint
 from trimtab.delta.held import SPARSE_SHARE
-from trimtab.recipe import Optimizer, PPOLoss, Recipe
-from trimtab.train.models import ModelFolder, lora_config
+from trimtab.recipe import GRPOLoss, Optimizer, PPOLoss, Recipe, RLOOLoss, SampledLoss
+from trimtab.train.models import ModelFolder, find_model, lora_config
 from trimtab.train.parts import Parts
 from trimtab.train.ppo_model import add_value_head
 from trimtab.train.state_sizes import FP32, STORED, state_sizes
@@ -28,7 +29,7 @@ class Size:
         parameters: of the model, adapter included.
         trainable: of these, how many are trained.
         rows: training rows after dropping; None when they are streamed.
-        batch: rows in one optimizer step, over all processes.
+        batch: rows (of methods that sample: responses) in one optimizer step, over all processes.
         steps: optimizer steps.
         memory: bytes per process by what they are for, activations not included.
     """
@@ -106,10 +107,17 @@ def count_steps(rows: int | None, arguments: Any, loss: Any = None) -> int:
         responses = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
         rollouts = math.ceil(rows / (loss.minibatches * responses * arguments.world_size))
         return math.ceil(rollouts * loss.minibatches * loss.epochs * arguments.num_train_epochs)
-    batches = rows / (arguments.per_device_train_batch_size * arguments.world_size)
-    batches = math.floor(batches) if arguments.dataloader_drop_last else math.ceil(batches)
-    per_epoch = max(1, math.ceil(batches / arguments.gradient_accumulation_steps))
+    per_epoch = max(1, math.ceil(_micro_batches(rows, arguments) / arguments.gradient_accumulation_steps))
     return math.ceil(per_epoch * arguments.num_train_epochs)
+
+
+def _micro_batches(rows: int, arguments: Any) -> int:
+    """Micro-batches in one epoch, in each process."""
+    if hasattr(arguments, "generation_batch_size"):  # rows are prompts; those of no whole generation wait
+        generations = rows // (arguments.generation_batch_size // arguments.num_generations)
+        return int(generations * arguments.steps_per_generation * arguments.num_iterations)
+    batches = rows / (arguments.per_device_train_batch_size * arguments.world_size)
+    return math.floor(batches) if arguments.dataloader_drop_last else math.ceil(batches)
 
 
 def memory(parts: Parts, parameters: int, trained: Mapping[str, Sequence[int]]) -> dict[str, int]:
@@ -136,6 +144,7 @@ def memory(parts: Parts, parameters: int, trained: Mapping[str, Sequence[int]]) 
         "anchor of step-K": FP32 * trainable * (optimizer.merges and gap > 1),
         "weights before the step": FP32 * trainable * (optimizer.name == "online_merging" and gap == 1),
         "reference model": FP32 * parameters * _loads_reference(parts),
+        "reward models": FP32 * _reward_parameters(parts),
         **_regularisers(parts.recipe.optimizer, trainable),
     }
     return {name: size for name, size in sizes.items() if size}
@@ -179,8 +188,17 @@ def _is_fixed(parts: Parts) -> bool:
 def _loads_reference(parts: Parts) -> bool:
     adapted = parts.recipe.adapter is not None or parts.policy.is_adapter
     shared = adapted and parts.reference == parts.policy
-    return (
-        parts.reference is not None
-        and not shared
-        and not getattr(parts.arguments, "precompute_ref_log_probs", False)
-    )
+    precomputed = getattr(parts.arguments, "precompute_ref_log_probs", False)
+    loss = parts.recipe.loss
+    unused = isinstance(loss, GRPOLoss | RLOOLoss) and loss.beta == 0
+    return parts.reference is not None and not shared and not precomputed and not unused
+
+
+def _reward_parameters(parts: Parts) -> int:
+    """Parameters of the models that score responses, by the headers of their files."""
+    loss = parts.recipe.loss
+    sources = loss.rewards if isinstance(loss, SampledLoss) else ()
+    models = [find_model(one.source, "loss.rewards") for one in sources if one.rule is None]
+    checkpoints = [open_checkpoint(model.folder, adapter=model.is_adapter) for model in models]
+    shapes = [one.shape(name) for one in checkpoints for name in sorted(one.keys())]
+    return sum(map(math.prod, shapes))

@@ -15,7 +15,7 @@ from rich.console import Console
 from trimtab.errors import UserError
 from trimtab.files import write_text
 from trimtab.optim.diagnostics import DRIFT_WARNS, HARM_BEGAN
-from trimtab.recipe import Recipe, make_recipe, refuse_differences
+from trimtab.recipe import Recipe, SampledLoss, make_recipe, refuse_differences
 from trimtab.train.callbacks import CompleteCheckpoints, MetricsFile
 from trimtab.train.card import model_card
 from trimtab.train.checkpoints import last_complete, read_marker
@@ -141,10 +141,11 @@ def _introduce(parts: Parts) -> None:
         if data is not None:
             console.print(data.report.table())
     size = measure(parts)
+    unit = "responses" if isinstance(parts.recipe.loss, SampledLoss) else "rows"
     say(
         f"{parts.recipe.method} of {parts.policy.label}: "
         f"{size.trainable:,} of {size.parameters:,} parameters, "
-        f"{size.steps:,} steps of {size.batch:,} rows on {parts.arguments.device}"
+        f"{size.steps:,} steps of {size.batch:,} {unit} on {parts.arguments.device}"
     )
     if parts.delta is not None and parts.delta.assumption is not None:
         say(parts.delta.assumption)

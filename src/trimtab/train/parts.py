@@ -82,6 +82,7 @@ def gather_parts(recipe: Recipe, *, resumes: bool) -> Parts:
         data = _load(recipe, "train", tokenizer)
         held_out = _load(recipe, "eval", tokenizer) if recipe.data.eval else None
         regularisers = Regularisers.from_recipe(recipe, tokenizer)
+    _require_enough_prompts(data, arguments)
     if isinstance(recipe.loss, SampledLoss):
         find_rewards(recipe.loss.rewards, key="loss.rewards")
     delta = load_delta(recipe, policy)
@@ -96,6 +97,20 @@ def gather_parts(recipe: Recipe, *, resumes: bool) -> Parts:
         held_out_data=held_out,
         plan=OptimizerPlan.from_recipe(recipe, delta, regularisers),
     )
+
+
+def _require_enough_prompts(data: PreparedData, arguments: Any) -> None:
+    """Refuse fewer prompts than one generation of GRPO or RLOO takes: TRL would train no step."""
+    generated = getattr(arguments, "generation_batch_size", 0)
+    if not generated:
+        return
+    needed, rows = generated // arguments.num_generations, data.report.rows or 0
+    if rows < needed:
+        raise UserError(
+            f"data.train has {rows:,} prompts and one generation takes {needed:,} ({generated:,} responses, "
+            f"{arguments.num_generations} to each); give more prompts, or lower "
+            "training.per_device_train_batch_size or training.gradient_accumulation_steps"
+        )
 
 
 def find_models(recipe: Recipe) -> tuple[ModelFolder, ModelFolder | None]:

@@ -20,6 +20,11 @@ _SHOWN = (
     "rewards/margins",
     "accuracy",
     "mean_token_accuracy",
+    "reward",
+    "kl",
+    "entropy",
+    "completions/mean_length",
+    "clip_ratio/region_mean",
     "learning_rate",
     "grad_norm",
 )

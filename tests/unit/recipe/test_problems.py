@@ -34,10 +34,10 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
     ("no method", DPO, {"method": ...}, "method is missing; known: sft, dpo, ipo, kto, reward, rrhf"),
     ("near method", DPO, {"method": "dpoo"}, "method 'dpoo' is not known; did you mean dpo?"),
     (
-        "later method",
+        "unknown method",
         DPO,
-        {"method": "grpo"},
-        "method grpo is not available yet; available: sft, dpo, ipo, kto, reward, rrhf, ppo",
+        {"method": "raft"},
+        "method 'raft' is not known; known: sft, dpo, ipo, kto, reward, rrhf, ppo, grpo, rloo",
     ),
     (
         "method of another type",

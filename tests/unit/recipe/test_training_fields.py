@@ -131,14 +131,22 @@ def test_a_recipe_is_checked_against_the_class_of_its_method():
     assert asked == [], "without a training section there is no need for the trainer"
 
 
-@pytest.mark.parametrize("config", ["DPOConfig", "KTOConfig", "RewardConfig", "SFTConfig"])
+@pytest.mark.parametrize(
+    "config", ["DPOConfig", "GRPOConfig", "KTOConfig", "RLOOConfig", "RewardConfig", "SFTConfig"]
+)
 def test_against_trl(config):
     config_class = getattr(pytest.importorskip("trl"), config)
     fields = {field.name for field in dataclasses.fields(config_class)}
     only = dict.fromkeys(["label_smoothing", "loss_weights", "truncation_mode"], "DPOConfig")
     only |= dict.fromkeys(["desirable_weight", "undesirable_weight"], "KTOConfig")
     only |= dict.fromkeys(["completion_only_loss", "packing"], "SFTConfig")
-    only |= {"beta": "DPOConfig KTOConfig", "loss_type": "DPOConfig KTOConfig SFTConfig"}
+    sampling = ["max_completion_length", "temperature", "top_p", "top_k", "reward_weights"]
+    learning = ["num_generations", "num_iterations", "epsilon", "epsilon_high"]
+    only |= dict.fromkeys([*sampling, *learning], "GRPOConfig RLOOConfig")
+    only |= {"scale_rewards": "GRPOConfig", "normalize_advantages": "RLOOConfig"}
+    only["max_length"] = "DPOConfig KTOConfig RewardConfig SFTConfig"
+    only["beta"] = "DPOConfig KTOConfig GRPOConfig RLOOConfig"
+    only["loss_type"] = "DPOConfig KTOConfig SFTConfig GRPOConfig"
     only |= {"center_rewards_coefficient": "RewardConfig"}
     gone = {"warmup_ratio"}  # what people remember from transformers 4
     expected = {name for name in (*OWNED, *REFUSED) if config in only.get(name, config).split()} - gone
@@ -153,7 +161,7 @@ def test_against_trl(config):
         "save_steps": 50,
         "logging_steps": 0.1,
         "gradient_checkpointing_kwargs": {"use_reentrant": False},
-        "dataset_num_proc": None,
+        **({"dataset_num_proc": None} if "dataset_num_proc" in fields else {}),
     }
     cast = cast_training_arguments(usable, config_class)
     assert (cast["max_steps"], cast["max_grad_norm"], cast["per_device_train_batch_size"]) == (100, 0.1, 8)
