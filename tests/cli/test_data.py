@@ -94,6 +94,7 @@ def test_outputs_are_joined_by_prompt_and_ranked_by_a_rule(files: Place, trimtab
     assert "4 prompts with 8 ranked responses: ranked.jsonl" in result.out
     assert "warning: prompts with a single response, which were left out: 1" in result.err
     assert "all equal" not in result.err
+    assert "were not used" not in result.out
 
 
 def test_what_is_written_trains_with_rrhf(files: Place, trimtab: Run) -> None:
@@ -216,6 +217,7 @@ def test_models_answer_the_prompts(files: Place, trimtab: Run) -> None:
 
 def test_rules_see_the_rows(files: Place, trimtab: Run) -> None:
     rows = [{"prompt": "2 + 2 =", "response": text, "answer": "4"} for text in ("4", "5")]
+    rows[0]["score"] = 5
     name = write(files, "rows.jsonl", rows)
     result = trimtab("data", "rank", name, "--reward", "my_rules:known", "--chat", "--out", "ranked.jsonl")
     assert result.code == 0, result.err
@@ -227,6 +229,7 @@ def test_rules_see_the_rows(files: Place, trimtab: Run) -> None:
             "sources": ["rows", "rows"],
         }
     ]
+    assert "the scores that the files have were not used" in result.out
 
 
 RANK = ("data", "rank", "sft.jsonl", "dpo.jsonl")
@@ -243,6 +246,7 @@ OUT = ("--out", "o.jsonl")
         ((*RANK, *LENGTH, "--out", "sft.jsonl", "--overwrite"), ["'sft.jsonl' is one of the files"]),
         ((*RANK, "--reward", "my_rules:nan", *OUT),
          ["my_rules:nan gives the score nan to the response", "to the prompt 'say "]),
+        ((*RANK, "--reward", "my_rules:nan", "--out", "pairs.jsonl", "--overwrite"), ["gives the score nan"]),
         ((*RANK, "--reward", "my_rules:gone", *OUT), ["--reward 'my_rules:gone' cannot be"]),
         ((*RANK, "--reward", "base", *OUT), ["'base' is a LlamaForCausalLM, so it gives no score"]),
         ((*RANK, "--likelihood", "nothing", *OUT), ["--likelihood: there is no folder 'nothing'"]),
@@ -259,7 +263,7 @@ OUT = ("--out", "o.jsonl")
         (("data", "score", "pairs.jsonl"), ["name what is measured"]),
         (("data", "score", "sft.jsonl", *LENGTH), ["sft.jsonl:1: the columns are 'prompt', 'completion'"]),
         (("data", "score", "pairs.jsonl", *LENGTH, "--out", "o.txt"), ["--out 'o.txt' must end in .json"]),
-        (("data", "score", "tied.jsonl", *LENGTH), ["tied.jsonl has no pair to measure on: 1 all scores"]),
+        (("data", "score", "tied.jsonl", *LENGTH), ["tied.jsonl has no pair to measure on; left out: 1"]),
     ],
 )  # fmt: skip
 def test_what_is_refused(arguments: tuple[str, ...], words: list[str], files: Place, trimtab: Run) -> None:
@@ -303,12 +307,19 @@ def test_a_reward_is_measured_on_all_pairs_of_ranked_responses(files: Place, tri
         {"prompt": "b", "responses": ["x", "xx", "xxx"], "scores": [3, 2, 1]},
         {"prompt": "c", "responses": ["x", " "], "scores": [3, 2]},
         {"prompt": "d", "responses": ["x"], "scores": [3]},
+        {"prompt": "a", "responses": ["x", "x", "y", ""], "scores": [3, 9, 2, 1]},
+        {"prompt": "e", "responses": ["x", "y"], "scores": [3, 3]},
     ]
     result = trimtab("data", "score", write(files, "ranked.jsonl", rows), *LENGTH)
     assert result.code == 0, result.err
-    assert "scores higher in 2 of 5 ranked pairs of 2 prompts: accuracy 40.0 %" in result.out
-    assert "1 rows left out: empty response" in result.out
-    assert "1 rows left out: fewer than two responses" in result.out
+    assert "scores higher in 2 of 6 ranked pairs of 2 prompts: accuracy 33.3 %" in result.out
+    assert sorted(line.strip() for line in result.out.splitlines() if "left out" in line) == [
+        "1 responses left out: the same response to the same prompt is there before it",
+        "1 rows left out: all scores are equal",
+        "1 rows left out: fewer than two responses",
+        "1 rows left out: fewer than two responses left of those that differ, fit and are not empty",
+        "2 responses left out: empty response",
+    ]
 
 
 def test_an_interrupted_ranking_leaves_nothing(files: Place) -> None:

@@ -88,9 +88,12 @@ def rank(
             generate(model, name, candidates, sampling or Sampling(), **how)
         candidates.require_one_form()
         questions = candidates.comparable()
+        replaced = scorer is not None and any(
+            one.score is not None for question in questions for one in question.candidates
+        )
         truncated = _score(questions, scorer, key, batch_size)
     _write(target, questions)
-    ranked = Ranked(candidates, questions, left_out, truncated)
+    ranked = Ranked(candidates, questions, left_out, truncated, replaced)
     show_ranked(ranked, str(target), console or Console(width=None if sys.stdout.isatty() else 140))
 
 

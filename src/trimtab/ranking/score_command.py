@@ -23,7 +23,11 @@ from trimtab.ranking.scoring import Group, checked_target, score_groups
 from trimtab.recipe import Source
 from trimtab.rewards import load_reward, pairwise_accuracy, unequal_pairs
 from trimtab.rewards.loading import Sources, find_rewards
+from trimtab.rewards.reward import prompt_key
 from trimtab.terminal import plain_libraries
+
+LeftOut = Counter[tuple[str, str]]
+"""What was left out: of ``rows`` or ``responses`` how many, by reason."""
 
 
 @dataclass(frozen=True)
@@ -67,15 +71,15 @@ def score(
     target = None if out is None else checked_target(out, ".json", [path], overwrite)
     find_rewards(scorer, key=key)
     with plain_libraries():
-        rows, dropped = _read(path, chat)
+        rows, left_out = _read(path, chat)
         reward = load_reward(scorer, key=key, batch_size=batch_size)
         groups = [Group(row.prompt, row.responses, [row.row] * len(row.responses)) for row in rows]
         values = score_groups(reward, groups)
     result = _measured(rows, values)
     console = console or Console(width=None if sys.stdout.isatty() else 140)
     console.print(f"{escape(reward.name)}: {escape(result['summary'])}", soft_wrap=True)
-    for reason, count in dropped.items():
-        console.print(f"  {count:,} rows left out: {REASONS[reason]}")
+    for (what, reason), count in (+left_out).items():
+        console.print(f"  {count:,} {what} left out: {REASONS[reason]}", soft_wrap=True)
     truncated = getattr(reward, "truncated", 0)
     if truncated:
         console.print(f"  {truncated:,} responses were scored without the start of their prompt: too long")
@@ -84,32 +88,41 @@ def score(
     return result
 
 
-def _read(path: str, chat: bool) -> tuple[list[_Ranked], Counter[str]]:
-    rows, dropped = [], Counter[str]()
+def _read(path: str, chat: bool) -> tuple[list[_Ranked], LeftOut]:
+    rows, left_out = [], LeftOut()
     for record in open_source(Source(path=path), "eval").records():
         try:
-            rows.append(_ranked(record, chat))
-        except Dropped as reason:
-            dropped[reason.reason] += 1
+            rows.append(_ranked(record, chat, left_out))
+        except Dropped as dropped:
+            left_out["rows", dropped.reason] += 1
     if not rows:
-        reasons = ", ".join(f"{count:,} {REASONS[reason]}" for reason, count in dropped.items())
-        raise UserError(f"{path} has no pair to measure on: {reasons}")
-    return rows, dropped
+        reasons = ", ".join(f"{count:,} {what}: {REASONS[why]}" for (what, why), count in (+left_out).items())
+        raise UserError(f"{path} has no pair to measure on; left out: {reasons}")
+    return rows, left_out
 
 
-def _ranked(record: Record, chat: bool) -> _Ranked:
+def _ranked(record: Record, chat: bool, left_out: LeftOut) -> _Ranked:
+    """A row with the responses that are not empty and differ.
+
+    Raises:
+        Dropped: if fewer than two are left, or their scores are all equal.
+    """
     layout = at_place(record, detect, record.row, "rrhf")
     made = at_place(record, layout.read, record.row)
     texts = [at_place(record, _text, response) for response in made["responses"]]
     prompt = made["prompt"]
     check_prompt(prompt)
-    if any(is_empty(text) for text in texts):
-        raise Dropped("empty_response")
-    if len(set(made["scores"])) == 1:
+    said = [place for place, text in enumerate(texts) if not is_empty(text)]
+    first = [place for place in said if texts.index(texts[place]) == place]
+    left_out["responses", "empty_response"] += len(texts) - len(said)
+    left_out["responses", "repeated"] += len(said) - len(first)
+    scores = [made["scores"][place] for place in first]
+    if len(first) < 2:
+        raise Dropped("few_left")
+    if len(set(scores)) == 1:
         raise Dropped("tie")
-    return _Ranked(
-        [user(prompt)] if chat and isinstance(prompt, str) else prompt, texts, made["scores"], record.row
-    )
+    prompt = [user(prompt)] if chat and isinstance(prompt, str) else prompt
+    return _Ranked(prompt, [texts[place] for place in first], scores, record.row)
 
 
 def _text(response: Any) -> str:
@@ -125,7 +138,7 @@ def _measured(rows: Sequence[_Ranked], values: Sequence[list[float]]) -> dict[st
     by_prompt = [unequal_pairs(row.scores, given) for row, given in zip(rows, values, strict=True)]
     found = pairwise_accuracy(
         [pair for pairs in by_prompt for pair in pairs],
-        prompts=len(rows),
+        prompts=len({prompt_key(row.prompt) for row in rows}),
         statement="the better response scores higher",
         kind="ranked",
     )

@@ -24,12 +24,14 @@ class Ranked:
         questions: those that were ranked.
         left_out: rows of the file of prompts that have none.
         truncated: inputs that were too long for what scores.
+        replaced: whether the files had scores, which were not used.
     """
 
     candidates: Candidates
     questions: Sequence[Question]
     left_out: int
     truncated: int
+    replaced: bool
 
     @property
     def single(self) -> int:
@@ -108,5 +110,7 @@ def _lines(ranked: Ranked) -> Iterator[str]:
         yield f"{ranked.left_out:,} rows of the prompts left out: no prompt that can be answered"
     if ranked.silent:
         yield f"{ranked.silent:,} prompts left out: no response"
+    if ranked.replaced:
+        yield "the scores that the files have were not used"
     if ranked.truncated:
         yield f"{ranked.truncated:,} responses were scored without the start of their prompt: too long"

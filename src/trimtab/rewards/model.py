@@ -5,14 +5,13 @@ Shapes: R rows in a batch, L tokens, padded on the right.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-from trimtab.delta.checkpoint import open_checkpoint
+from trimtab.delta.checkpoint import open_checkpoint, read_json
 from trimtab.delta.problems import first_line
 from trimtab.errors import UserError
 from trimtab.model_folder import ADAPTER_CONFIG, ModelFolder, read_tokenizer
@@ -163,12 +162,12 @@ def check_reward_model(model: ModelFolder) -> None:
         UserError: if it is a language model, an adapter of one, or has several labels.
     """
     if model.is_adapter:
-        kind = json.loads((model.folder / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("task_type")
+        kind = read_json(model.folder / ADAPTER_CONFIG).get("task_type")
         names = open_checkpoint(model.folder, adapter=True).keys()
         if kind != "SEQ_CLS" or not any(map(_is_head, names)):
             raise _no_reward_model(model, "is an adapter of another kind of model")
         return
-    config = json.loads((model.folder / "config.json").read_text(encoding="utf-8"))
+    config = read_json(model.folder / "config.json")
     kinds = config.get("architectures") or []
     if not any("SequenceClassification" in kind for kind in kinds):
         raise _no_reward_model(model, f"is a {', '.join(kinds) or 'model of no known kind'}")

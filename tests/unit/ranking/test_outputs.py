@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from trimtab.data.outcome import BadRow, Dropped
 from trimtab.ranking.outputs import read_output
@@ -83,3 +85,29 @@ def test_what_is_left_out(row: dict[str, Any], reason: str) -> None:
     with pytest.raises(Dropped) as dropped:
         read_output(row)
     assert dropped.value.reason == reason
+
+
+TEXTS = st.sampled_from(["", "a", "\n\nHuman: hi", "assistant", "gpt"])
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | TEXTS | st.just(ASKED + ANSWER),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["role", "content", "text", "score", "from", "value"]), inner)
+    ),
+    max_leaves=5,
+)
+NAMES = (
+    *("prompt", "query", "instruction", "response", "responses", "completion", "output", "messages"),
+    *("conversations", "score", "scores", "sources", "tools", "input", "system", "history"),
+)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@given(st.dictionaries(st.sampled_from(NAMES), VALUES, max_size=6))
+def test_whatever_a_row_holds_it_is_read_left_out_or_refused(row: dict[str, Any]) -> None:
+    try:
+        output = read_output(row)
+    except (BadRow, Dropped):
+        return
+    assert len(output.responses) == len(output.scores) == len(output.sources)
+    assert all(isinstance(text, str) for text in output.responses)
