@@ -35,6 +35,17 @@ def recipe(models: Any, pairs: Any, output: Path, optimizer: dict[str, Any], bat
     return tiny.recipe(models, pairs, output, optimizer=section, training=training, seed=3)
 
 
+def regularised(models: Any, pairs: Any, output: Path, rows: Path, batch: int) -> dict[str, Any]:
+    """Regularisers that take gradients of other rows, and the average that is kept."""
+    section = {
+        **MERGES["ondare"],
+        "child_tuning": {"variant": "D", "rows": 3},
+        "projection": {"data": str(rows), "rows": 5, "every": 2},
+        "ema": {"coefficient": 0.5},
+    }
+    return recipe(models, pairs, output, section, batch=batch)
+
+
 @pytest.fixture(scope="module")
 def runs(tiny_models: Any, tiny_pairs: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two processes made of the recipes: gradients, parameters and run folders."""
@@ -44,6 +55,9 @@ def runs(tiny_models: Any, tiny_pairs: Any, tmp_path_factory: pytest.TempPathFac
         (folder / f"{name}.json").write_text(json.dumps(values))
     resumed = {**values, "output": values["output"] + "-resumed"}
     (folder / "onties_resumed.json").write_text(json.dumps(resumed))
+    rows = tiny.write_rows(folder / "instructions.jsonl", tiny.instruction_rows(5, seed=3))
+    values = regularised(tiny_models, tiny_pairs, folder / "run-regularised", rows, batch=2)
+    (folder / "regularised.json").write_text(json.dumps(values))
     root = Path(__file__).parents[2]
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     launch = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -124,3 +138,18 @@ def test_a_resumed_pair_is_the_uninterrupted_pair(runs: Path) -> None:
         states = [torch.load(last_complete(run) / name, weights_only=True) for run in (resumed, whole)]
         assert_same(*states, name)
     assert_same(logged(resumed), logged(whole), "metrics")
+
+
+def test_regularisers_do_the_same_in_both_processes_and_what_they_do_in_one(
+    runs: Path, tiny_models: Any, tiny_pairs: Any, tmp_path: Path
+) -> None:
+    first, second = load(runs, "regularised")
+    assert_same(first, second, "regularised")
+    rows = runs / "instructions.jsonl"
+    one = tiny.train(regularised(tiny_models, tiny_pairs, tmp_path / "one", rows, batch=4))
+    ours, theirs = tiny.weights(one / "model"), tiny.weights(runs / "run-regularised" / "model")
+    assert_same({key: first["final"][key] for key in theirs}, theirs, "model/ is the average")
+    masked = torch.cat([gradient.flatten() == 0 for gradient in first["gradients"][0].values()])
+    assert 0.69 < masked.float().mean() < 0.71
+    apart = torch.cat([(ours[key] - theirs[key]).abs().flatten() for key in ours])
+    assert (apart > 2e-6).float().mean() < 1e-3  # the mask may differ in an entry at its threshold

@@ -166,3 +166,24 @@ def test_a_killed_run_of_another_method_is_the_run_that_was_not(
     assert last_complete(run) is not None
     resume_until_done(recipe)
     assert_same_run(run, expected)
+
+
+def test_a_killed_run_with_an_average_and_a_fisher_mask_is_the_run_that_was_not(
+    tiny_models: Any, tiny_pairs: Any, tmp_path: Path
+) -> None:
+    """The mask is not estimated again, at weights that have moved; the average goes on from where it was."""
+    values = tiny.recipe(
+        tiny_models,
+        tiny_pairs,
+        tmp_path / "whole",
+        optimizer={"child_tuning": {"variant": "D", "rows": 4}, "ema": {"coefficient": 0.1}},
+        training={"max_steps": STEPS, "save_steps": 2, "save_total_limit": 3},
+        evaluation={"every": 8},
+    )
+    expected = tiny.train(values)
+    run = tmp_path / "killed"
+    recipe = write_recipe({**values, "output": str(run)}, tmp_path / "recipe.yaml")
+    assert kill_at(start(recipe), after_lines(run, STEPS // 2), 0.01), "not killed"
+    assert last_complete(run) is not None
+    resume_until_done(recipe)
+    assert_same_run(run, expected)

@@ -165,6 +165,12 @@ def _regularisers(recipe: Recipe) -> Iterator[Problem]:
             "the weights it is taken of; keep one of the two",
             also=(("optimizer", "ema"),),
         )
+    for name, section in (("projection", optimizer.projection), ("child_tuning", child)):
+        if recipe.method == "reward" and section is not None and section.data is not None:
+            yield Problem(
+                ("optimizer", name, "data"),
+                "is not for method reward: the loss of instructions is that of a model that answers",
+            )
     if child is None:
         return
     if child.variant == "F":

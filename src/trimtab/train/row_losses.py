@@ -69,7 +69,8 @@ def answer_losses(trainer: Any, rows: Rows) -> Losses:
             for row in rows[arguments.process_index :: arguments.world_size]:
                 batch = {name: value.to(arguments.device) for name, value in collate([row]).items()}
                 with trainer.compute_loss_context_manager():
-                    yield -response_log_probabilities(model, batch).sum() / batch["lengths"].sum()
+                    logps = response_log_probabilities(model, batch)
+                yield -logps.sum() / batch["lengths"].sum()
 
     return losses
 
@@ -91,7 +92,8 @@ def training_losses(trainer: Any, count: int) -> Losses:
             for index in drawn[:count].tolist():
                 batch = trainer._prepare_inputs(trainer.data_collator([rows[index]]))
                 with trainer.compute_loss_context_manager():
-                    yield trainer.compute_loss(model, batch)
+                    loss = trainer.compute_loss(model, batch)
+                yield loss
 
     return losses
 
