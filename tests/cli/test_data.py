@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -213,6 +214,24 @@ def test_models_answer_the_prompts(files: Place, trimtab: Run) -> None:
     beside = trimtab("data", "rank", "sft.jsonl", *arguments[4:6], *arguments[8:])
     assert beside.code == 0, beside.err
     assert {tuple(sorted(row["sources"])) for row in written(files)} == {("base", "sft")}
+
+
+def test_prompts_without_room_and_answers_that_the_limit_ends_are_counted(files: Place, trimtab: Run) -> None:
+    rows = [{"prompt": "a" * 250, "response": "x"}, {"prompt": "a", "response": "x"}]
+    arguments = ("--model", "base", "--model", "reference", "--max-new-tokens", "7", *LENGTH, *OUT)
+    result = trimtab("data", "rank", write(files, "text.jsonl", rows), *arguments)
+    assert result.code == 0, result.err
+    # rows, prompts, missing, responses, empty, repeated, no room, cut, ranked
+    assert table(result)["text"][:9] == ["2", "2", "0", "2", "0", "0", "0", "0", "1"]
+    for model in ("base", "reference"):
+        assert table(result)[model][:9] == ["0", "1", "1", "1", "0", "0", "1", "1", "1"]
+    (found,) = written(files, "o.jsonl")
+    texts = dict(zip(found["sources"], found["responses"], strict=True))
+    assert texts["base"] != texts["reference"], "each model has its own random numbers"
+    shutil.copytree(files.folder / "base", files.folder / "plain")
+    tiny.tokenizer(chat_template="{{ raise_exception('no') }}").save_pretrained(files.folder / "plain")
+    spoken = ("data", "rank", "sft.jsonl", "--model", "plain", *LENGTH, *OUT, "--overwrite")
+    refused(trimtab(*spoken), ["plain: the chat template refuses the prompt 'say ", "no"])
 
 
 def test_rules_see_the_rows(files: Place, trimtab: Run) -> None:

@@ -49,6 +49,11 @@ class Question:
     candidates: list[Candidate] = field(default_factory=list)
 
     @property
+    def has_scores(self) -> bool:
+        """Whether a row gave a score to one of them."""
+        return any(candidate.score is not None for candidate in self.candidates)
+
+    @property
     def is_tied(self) -> bool:
         """Whether all scores are equal."""
         return len({candidate.score for candidate in self.candidates}) == 1

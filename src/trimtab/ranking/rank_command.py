@@ -13,7 +13,7 @@ from trimtab.data.outcome import BadRow
 from trimtab.data.pairs import finite_score
 from trimtab.errors import UserError
 from trimtab.files import replacing_file
-from trimtab.model_folder import find_model
+from trimtab.model_folder import ModelFolder, find_model
 from trimtab.ranking.candidates import Candidate, Candidates, Question
 from trimtab.ranking.generate import generate
 from trimtab.ranking.reading import file_names, read_outputs, read_prompts
@@ -65,36 +65,47 @@ def rank(
             that exists, and if no prompt has two different responses.
     """
     target = checked_target(out, ".jsonl", [*files, *([prompts] if prompts else [])], overwrite)
-    if not files and not (models and prompts):
-        raise UserError("name files of models' outputs, or models (--model) and what they answer (--prompts)")
-    if prompts and not models:
-        raise UserError("--prompts is what models answer; name them with --model")
-    found = [find_model(model, "--model") for model in models]
+    found = _found_models(files, models, prompts, scorer)
     if scorer is not None:
         find_rewards(scorer, key=key)
-    elif models:
-        raise UserError("generated responses have no scores; name what scores them (--reward, --likelihood)")
     with plain_libraries():
-        candidates, left_out = Candidates(), 0
-        with progress_bar("reading files", len(files)) as advance:
-            for path, name in zip(files, file_names(files), strict=True):
-                read_outputs(path, name, candidates, chat=chat)
-                advance(1)
-        if prompts is not None:
-            left_out = read_prompts(prompts, candidates, chat=chat)
+        candidates, left_out = _read(files, prompts, chat)
         for place, (model, name) in enumerate(zip(found, model_names(models), strict=True)):
             # Their own random numbers, so that models that are much alike do not say the same.
             how = {"samples": samples, "seed": seed + place, "batch_size": batch_size}
             generate(model, name, candidates, sampling or Sampling(), **how)
-        candidates.require_one_form()
         questions = candidates.comparable()
-        replaced = scorer is not None and any(
-            one.score is not None for question in questions for one in question.candidates
-        )
+        replaced = scorer is not None and any(one.has_scores for one in questions)
         truncated = _score(questions, scorer, key, batch_size)
     _write(target, questions)
     ranked = Ranked(candidates, questions, left_out, truncated, replaced)
     show_ranked(ranked, str(target), console or Console(width=None if sys.stdout.isatty() else 140))
+
+
+def _found_models(
+    files: Sequence[str], models: Sequence[str], prompts: str | None, scorer: Sources | None
+) -> list[ModelFolder]:
+    """Find the models that answer, unless there is nothing to answer or nothing that scores."""
+    if not files and not (models and prompts):
+        raise UserError("name files of models' outputs, or models (--model) and what they answer (--prompts)")
+    if prompts and not models:
+        raise UserError("--prompts is what models answer; name them with --model")
+    if models and scorer is None:
+        raise UserError("generated responses have no scores; name what scores them (--reward, --likelihood)")
+    return [find_model(model, "--model") for model in models]
+
+
+def _read(files: Sequence[str], prompts: str | None, chat: bool) -> tuple[Candidates, int]:
+    """The candidates in the files, and how many rows of ``prompts`` were left out."""
+    candidates, left_out = Candidates(), 0
+    with progress_bar("reading files", len(files)) as advance:
+        for path, name in zip(files, file_names(files), strict=True):
+            read_outputs(path, name, candidates, chat=chat)
+            advance(1)
+    if prompts is not None:
+        left_out = read_prompts(prompts, candidates, chat=chat)
+    candidates.require_one_form()
+    return candidates, left_out
 
 
 def _score(questions: Sequence[Question], scorer: Sources | None, key: str, batch_size: int) -> int:
