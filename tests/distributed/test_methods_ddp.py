@@ -1,4 +1,4 @@
-"""KTO, RRHF and reward models on two gloo processes: held-out pairs are scored once, and losses are one's."""
+"""Methods, GaLore and adapters on two gloo processes: held-out pairs are scored once, losses are one's."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests import tiny
-from tests.equivalence.runs import assert_same, logged
+from tests.equivalence.runs import assert_same, logged, tensors
+from trimtab.ops import canonical_name
 
 pytestmark = pytest.mark.xdist_group("train")  # one worker: what costs is importing TRL
 
@@ -31,6 +33,22 @@ def recipe(models: Any, folder: Path, method: str, name: str, batch: int) -> dic
     )
 
 
+def low_rank(models: Any, folder: Path) -> dict[str, dict[str, Any]]:
+    """GaLore inside online merging, and online merging in the space of an adapter."""
+    galore = recipe(models, folder, "dpo", "galore-two", batch=2)
+    galore["optimizer"] |= {
+        "name": "online_merging",
+        "inner": "galore",
+        "sparsify": "top",
+        "consensus": "sign",
+    }
+    galore["optimizer"] |= {"galore": {"rank": 4, "update_proj_gap": 2}}
+    adapter = recipe(models, folder, "dpo", "adapter-two", batch=2)
+    del adapter["base"]
+    adapter["reference"] = str(tiny.write_adapter(models[1], folder / "adapter"))
+    return {"galore": galore, "adapter": adapter}
+
+
 @pytest.fixture(scope="module")
 def runs(tiny_models: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("methods")
@@ -39,6 +57,8 @@ def runs(tiny_models: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for method in ("kto", "reward", "rrhf"):
         values = recipe(tiny_models, folder, method, f"{method}-two", batch=2)
         (folder / f"{method}.json").write_text(json.dumps(values))
+    for name, values in low_rank(tiny_models, folder).items():
+        (folder / f"{name}.json").write_text(json.dumps(values))
     root = Path(__file__).parents[2]
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     launch = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -77,10 +97,20 @@ def test_rrhf_is_the_one_of_one_process(runs: Path, tiny_models: Any) -> None:
 
 
 def test_kto_s_processes_end_the_same(runs: Path) -> None:
-    import torch
-
     first, second = (torch.load(runs / f"kto.{rank}.pt", weights_only=True) for rank in (0, 1))
     assert len(first["gradients"]) == 3
     assert_same(first, second, "kto")
     saved = tiny.weights(runs / "kto-two" / "model")
     assert_same({key: first["final"][key] for key in saved}, saved, "model")
+
+
+@pytest.mark.parametrize("name", ["galore", "adapter"])
+def test_processes_with_projectors_or_adapters_end_the_same(name: str, runs: Path) -> None:
+    first, second = (torch.load(runs / f"{name}.{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert len(first["gradients"]) == 3
+    assert_same(first, second, name)
+    saved = tensors(runs / f"{name}-two" / "model")
+    start = tensors(runs / "adapter") if name == "adapter" else None
+    final = {canonical_name(key): value for key, value in first["final"].items() if ".ref." not in key}
+    assert_same({key: final[canonical_name(key)] for key in saved}, saved, "model")
+    assert start is None or all(not torch.equal(saved[key], start[key]) for key in start)

@@ -186,8 +186,9 @@ def _is_fixed(parts: Parts) -> bool:
 
 
 def _loads_reference(parts: Parts) -> bool:
-    adapted = parts.recipe.adapter is not None or parts.policy.is_adapter
-    shared = adapted and parts.reference == parts.policy
+    # PPO shares the model under a new adapter; TRL also keeps a trained adapter's start beside it.
+    kept_beside = parts.policy.is_adapter and parts.recipe.method != "ppo"
+    shared = (parts.recipe.adapter is not None or kept_beside) and parts.reference == parts.policy
     precomputed = getattr(parts.arguments, "precompute_ref_log_probs", False)
     loss = parts.recipe.loss
     unused = isinstance(loss, GRPOLoss | RLOOLoss) and loss.beta == 0

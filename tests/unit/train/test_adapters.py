@@ -74,7 +74,7 @@ RANKED = [
 ]
 
 
-@pytest.mark.parametrize("method", ["sft", "dpo", "ipo", "kto", "reward", "rrhf"])
+@pytest.mark.parametrize("method", ["sft", "dpo", "ipo", "kto", "reward", "rrhf", "ppo"])
 def test_a_fresh_adapter_under_every_method(
     method: str, tiny_models: Any, tiny_pairs: Any, instructions: Path, tmp_path: Path
 ) -> None:
@@ -87,11 +87,15 @@ def test_a_fresh_adapter_under_every_method(
     )
     if method in ("sft", "reward", "rrhf"):
         values["model"] = values.pop("reference")
+    if method == "ppo":
+        values["loss"] = {"rewards": "tests.tiny:share_of_small", "max_new_tokens": 4}
     folder = tiny.train(values)
     lines = logged(folder)
     if method in ("dpo", "ipo", "kto"):  # the policy starts as the reference, which is the model without it
         assert lines[0]["eval_rewards/margins"] == 0.0
     assert sum("loss" in line for line in lines) == 2
+    if method == "ppo":
+        assert next(line["kl"] for line in lines if "kl" in line) == pytest.approx(0, abs=1e-5)
     trained, initial = adapter_of(folder / "model"), load_file(folder / "model" / INITIAL)
     assert trained.keys() == initial.keys()
     ones_of_b = [name for name in trained if "lora_B" in name]
@@ -245,6 +249,42 @@ def test_one_merged_step_is_the_plain_one_and_the_adapter_s_own_delta(
         torch.testing.assert_close(merged[name], expected, rtol=0, atol=1e-6)
         assert kept or not torch.allclose(initial[name], now, atol=1e-3)  # else nothing is told apart
     assert (tmp_path / "merged" / "model" / INITIAL).is_file() == kept
+
+
+@pytest.mark.parametrize("method", ["sft", "kto", "rrhf", "ppo"])
+def test_methods_merge_in_adapter_space(
+    method: str, sft_adapter: Path, tiny_models: Any, tiny_pairs: Any, instructions: Path, tmp_path: Path
+) -> None:
+    """At a learning rate that is next to nothing, what is added in two steps is 2·α·τ."""
+    rows = {"sft": instructions, "rrhf": tiny.write_rows(tmp_path / "ranked.jsonl", RANKED)}
+    data = (rows[method], rows[method]) if method in rows else tiny_pairs
+    values = merging_values(
+        tiny_models, data, sft_adapter, tmp_path / "o", method=method, training=SHORT,
+        optimizer={**PAIRING, "lr": 1e-9, "merge_weight": 0.05, "reserve_rate": None},
+        schedule={"lr": {"type": "constant"}},
+    )  # fmt: skip
+    if method == "ppo":
+        values["loss"] = {"rewards": "tests.tiny:share_of_small", "max_new_tokens": 4}
+    merged = adapter_of(tiny.train(values) / "model")
+    start, initial = adapter_of(sft_adapter), load_file(sft_adapter / INITIAL)
+    assert merged.keys() == start.keys()
+    for name, now in start.items():
+        torch.testing.assert_close(merged[name], now + 2 * 0.05 * (now - initial[name]), rtol=0, atol=1e-6)
+
+
+def test_it_is_not_merging_in_weight_space(sft_adapter: Path) -> None:
+    """The equation of docs/methods.md, on the adapter of one weight."""
+    delta = ReferenceDelta.between(reference=sft_adapter)
+    trained, initial = adapter_of(sft_adapter), load_file(sft_adapter / INITIAL)
+    layer, alpha = "model.layers.1.mlp.up_proj", 0.1
+    a, b = (trained[f"base_model.model.{layer}.lora_{which}.weight"].double() for which in "AB")
+    first = initial[f"base_model.model.{layer}.lora_A.weight"].double()
+    tau_a, tau_b = (delta.tensor(f"{layer}.lora_{which}.weight").double() for which in "AB")
+    added = (b + alpha * tau_b) @ (a + alpha * tau_a) - b @ a
+    stated = alpha * b @ (2 * a - first) + alpha**2 * b @ (a - first)
+    torch.testing.assert_close(added, stated, rtol=0, atol=1e-7)
+    in_weights = alpha * b @ a
+    assert (added - in_weights).norm() > 0.1 * in_weights.norm()
 
 
 @pytest.mark.parametrize(
