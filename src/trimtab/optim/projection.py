@@ -70,7 +70,7 @@ class GradientProjection(Regulariser):
 
     def before_step(self) -> None:
         """Refresh the directions where that is due; project the gradients."""
-        groups = list(self.moving_groups())
+        groups = self.optimizer.param_groups
         due = [(self.count(group, _STEPS) - 1) % self.every == 0 for group in groups]
         if any(due):
             self._refresh(groups)

@@ -27,8 +27,8 @@ class Regulariser:
 
     What is kept for a parameter is an entry of ``optimizer.state[p]``, so that ``state_dict`` has it. It gets
     there after the first step that the parameter takes: entries of others before that would keep AdamW from
-    making its own. Steps with a learning rate of 0 move nothing and count for nothing (checkpoint loaders
-    take such steps).
+    making its own. A step with a learning rate of 0 moves nothing, and neither averages nor resets count it
+    (checkpoint loaders take such steps).
 
     Args:
         optimizer: what to attach to, also inside accelerate's wrapper.

@@ -14,6 +14,7 @@ from trimtab.errors import UserError
 from trimtab.optim.loss_gradients import Losses
 from trimtab.recipe import Data, Recipe, Source
 from trimtab.rewards.ranked_batches import RRHFCollator, encode_ranked, response_log_probabilities
+from trimtab.terminal import say
 
 Rows = list[dict[str, Any]]
 """Answers to prompts as token ids: ``prompt_ids``, and ``response_ids`` with the one answer."""
@@ -38,10 +39,13 @@ def read_answers(recipe: Recipe, source: Source, count: int, tokenizer: Any, key
     first = source.model_copy(update={"limit": limit, "weight": 1.0})
     data = Data(train=(first,), max_length=recipe.data.max_length)
     try:
-        rows = load_data(data, method="sft", part="train", tokenizer=tokenizer, seed=recipe.seed).dataset
+        found = load_data(data, method="sft", part="train", tokenizer=tokenizer, seed=recipe.seed)
     except UserError as error:
         raise UserError(f"{key}: {error}") from error
-    return [_encoded(row, tokenizer, key) for row in rows]
+    (report,) = found.report.sources
+    said = "".join(f", {number} left out ({reason})" for reason, number in report.reasons().items())
+    say(f"{key}: {report.kept} of the first {report.read} rows of {first.path} are used{said}")
+    return [_encoded(row, tokenizer, key) for row in found.dataset]
 
 
 def _encoded(row: dict[str, Any], tokenizer: Any, key: str) -> dict[str, Any]:

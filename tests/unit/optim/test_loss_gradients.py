@@ -168,6 +168,28 @@ def test_what_is_left_is_orthogonal_to_every_direction(vector: list[float], axes
     assert torch.allclose(again, left, rtol=0, atol=1e-4 * max(length, 1e-300))
 
 
+def test_a_gradient_that_meets_no_learning_rate_is_projected_before_it_enters_the_momentum() -> None:
+    weight = torch.nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([weight], lr=0.0, momentum=0.5)
+    GradientProjection(optimizer, [lambda: [weight[1] * 2]])
+    for lr, gradient in ((0.0, 1.0), (1.0, 0.0)):
+        optimizer.param_groups[0]["lr"] = lr
+        weight.grad = torch.full((2,), gradient)
+        optimizer.step()
+    assert weight.tolist() == [0.5, 1.0]
+
+
+def test_large_and_strided_gradients_are_projected_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trimtab.ops.projection._CHUNK", 7)
+    generator = torch.Generator().manual_seed(0)
+    gradient = torch.randn(6, 5, generator=generator, dtype=torch.float64).T
+    directions = torch.randn(2, 5, 6, generator=generator, dtype=torch.float64)
+    expected = oracle.rejected(gradient.flatten().tolist(), [one.flatten().tolist() for one in directions])
+    kept = gradient.clone()
+    assert project_out(kept, directions) is kept
+    assert kept.flatten().tolist() == pytest.approx(expected, abs=1e-12)
+
+
 @settings(deadline=None, max_examples=60)
 @given(st.lists(st.lists(st.floats(0, 2.0**100, width=32), max_size=8), min_size=1, max_size=4), st.data())
 def test_the_kth_largest_is_that_of_the_sorted_list(lists: list[list[float]], data: st.DataObject) -> None:
