@@ -236,14 +236,13 @@ def _sample(trainer: Any, folder: RunFolder, parts: Parts, when: str) -> None:
 def _finish(trainer: Any, folder: RunFolder, parts: Parts) -> None:
     """Write what is known at the end; ``model/`` comes last, and a run that has it is finished."""
     _sample(trainer, folder, parts, "after")
-    results = trainer.final_results()
+    results, model = trainer.final_results(), trainer.trained_model()
     if is_first_process():
         for name, result in results.items():
             folder.write_result(name, result)
             say(result["summary"])
         _write_counts(folder, parts)  # those of a stream have grown
         write_text(folder.path / "README.md", model_card(folder, parts))
-        model = trainer.trained_model()
         model.config.use_cache = True  # the Trainer turned it off for training
         adapters = {"selected_adapters": ["default"]} if isinstance(model, PeftModel) else {}
         with folder.saving_model() as temporary:
