@@ -113,6 +113,12 @@ def _policy_optimization(recipe: Recipe, loss: PPOLoss) -> Iterator[Problem]:
             "cannot be reached from a beta of 0, which stays 0; start above it",
             also=(("loss", "beta"),),
         )
+    if recipe.training.get("load_best_model_at_end") and not recipe.training.get("metric_for_best_model"):
+        yield Problem(
+            ("training", "metric_for_best_model"),
+            "is missing: method ppo measures no loss on held-out prompts; name reward to keep the best",
+            also=(("training", "load_best_model_at_end"),),
+        )
     for name in ("train_sampling_strategy", "dataloader_drop_last"):
         if recipe.training.get(name):
             yield Problem(

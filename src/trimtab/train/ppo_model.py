@@ -118,7 +118,7 @@ def read_tokens(
     targets_N = ids_BL[rows_N, predictors_N + 1]
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # of PEFT's wrapper
     skipped, only = 0, {}
-    if "logits_to_keep" in signature(inner.forward).parameters:
+    if "logits_to_keep" in signature(type(inner).forward).parameters:
         skipped = int(starts_B.min()) - 1
         only = {"logits_to_keep": ids_BL.shape[1] - skipped}
     with _read_by(model.get_output_embeddings()) as seen:

@@ -322,6 +322,71 @@ def test_under_an_adapter_the_reference_is_the_model_without_it(
     assert_same_run(tmp_path / "copy", folder)
 
 
+def test_an_adapter_goes_on_from_where_it_is(tiny_models: Any, tiny_pairs: Any, tmp_path: Path) -> None:
+    """The reference is then the adapter as it was, not the model without it."""
+    first = tiny.recipe(
+        tiny_models, tiny_pairs, tmp_path / "first", adapter={"r": 2}, training={"max_steps": 4}, **ADAMW
+    )
+    start = str(tiny.train(first) / "model")
+    values = recipe(
+        tiny_models, tiny_pairs, tmp_path / "o", reference=start, training={"max_steps": 2}, **ADAMW
+    )
+    folder = tiny.train(values)
+    assert steps(folder)[0]["kl"] == pytest.approx(0, abs=1e-5)
+    before, after = adapter_weights(Path(start)), adapter_weights(folder / "model")
+    assert before.keys() == after.keys()
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize(
+    ("training", "close"),
+    [
+        ({"gradient_checkpointing": True}, 1e-5),
+        ({"bf16": True}, 0.02),
+        ({"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}, 1e-5),
+    ],
+    ids=["checkpointing", "bf16", "accumulation"],
+)
+def test_what_changes_memory_does_not_change_the_step(
+    training: dict[str, Any], close: float, tiny_models: Any, tiny_pairs: Any, tmp_path: Path
+) -> None:
+    runs = [
+        tiny.train(
+            recipe(
+                tiny_models,
+                tiny_pairs,
+                tmp_path / name,
+                loss={"generation_batch_size": size},
+                training={"max_steps": 2, "per_device_train_batch_size": 4, **one},
+                **ADAMW,
+            )
+        )
+        for name, size, one in (("plain", 16, {}), ("other", 3, training))
+    ]
+    plain, other = (steps(run)[1] for run in runs)
+    names = ["loss/value", "reward", "entropy", "response_length"]
+    assert [other[name] for name in names] == pytest.approx([plain[name] for name in names], rel=close)
+    assert other["loss/policy"] == pytest.approx(plain["loss/policy"], rel=close, abs=close / 100)
+    assert other["grad_norm"] == pytest.approx(plain["grad_norm"], rel=max(close, 1e-4))
+
+
+def test_the_best_checkpoint_is_kept(tiny_models: Any, tiny_pairs: Any, tmp_path: Path) -> None:
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "reward", "save_steps": 2}
+    values = recipe(
+        tiny_models,
+        tiny_pairs,
+        tmp_path / "o",
+        training={"max_steps": 6, **best},
+        evaluation={"every": 2},
+        **ADAMW,
+    )
+    folder = tiny.train(values)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rewards = {line["step"]: line["eval_reward"] for line in lines if "eval_reward" in line and line["step"]}
+    step = max(rewards, key=lambda at: (rewards[at], -at))
+    assert_same(tiny.weights(folder / "model"), tiny.weights(folder / f"checkpoint-{step}"), "model")
+
+
 def adapter_weights(folder: Path) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
@@ -387,6 +452,7 @@ def test_a_dry_run_counts_steps_and_memory(
         ({"loss": {"rewards": "tests.tiny:nothing"}}, r"loss\.rewards.*nothing"),
         ({"data": {"streaming": True}}, r"data\.streaming is not supported for method ppo"),
         ({"training": {"dataloader_drop_last": True}}, r"dataloader_drop_last has no effect with method ppo"),
+        ({"training": {"load_best_model_at_end": True}}, r"training\.metric_for_best_model is missing"),
         ({"training": {"max_stepz": 5}}, r"max_stepz is not a field of PPOConfig; did you mean"),
     ],
 )  # fmt: skip

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from tests import tiny
-from trimtab import UserError
 
 pytestmark = pytest.mark.xdist_group("train")  # one worker: what costs is importing the trainers
 
@@ -44,12 +43,15 @@ def test_two_steps(name: str, tiny_models: Any, tiny_pairs: Any, tmp_path: Path)
     folder = tiny.train(recipe(tiny_models, tiny_pairs, tmp_path / "o", SECTIONS[name]))
     plain = tiny.train(recipe(tiny_models, tiny_pairs, tmp_path / "plain", {}))
     lines, expected = (
-        [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (folder, plain)
+        [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        for run in (folder, plain)
     )
     first, same = (next(line for line in run if "loss" in line) for run in (lines, expected))
     for key in ("loss", "reward", "kl", "entropy"):
         assert first[key] == pytest.approx(same[key], rel=1e-5), "the first step's loss is the plain one's"
-    start, trained, beside = (tiny.weights(run) for run in (tiny_models[1], folder / "model", plain / "model"))
+    start, trained, beside = (
+        tiny.weights(run) for run in (tiny_models[1], folder / "model", plain / "model")
+    )
     assert trained.keys() == start.keys()
     assert any(not torch.equal(trained[key], start[key]) for key in start)
     assert any(not torch.equal(trained[key], beside[key]) for key in start)
