@@ -26,9 +26,6 @@ _MEASURED = (
     "loss",
     "loss/rank",
     "loss/ft",
-    "reward",
-    "response_length",
-    "ended_by_eos",
     "rewards/accuracies",
     "rewards/margins",
     "kl",
@@ -37,6 +34,8 @@ _MEASURED = (
     "mean_token_accuracy",
     "reward",
     "entropy",
+    "response_length",
+    "ended_by_eos",
     "completions/mean_length",
 )
 

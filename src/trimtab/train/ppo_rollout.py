@@ -51,11 +51,10 @@ class Judged:
 
     def sums(self) -> dict[str, torch.Tensor]:
         """What is worth a look, added up over responses, and their number as ``responses``."""
-        several = self.parts if len(self.parts) > 1 else {}
         found = {
             "responses": torch.ones(len(self.responses)),
             "reward": self.scores,
-            **{f"reward/{name}": torch.tensor(scores) for name, scores in several.items()},
+            **{f"rewards/{name}/mean": torch.tensor(scores) for name, scores in self.parts.items()},
             "kl": (self.logps - self.reference_logps) * self.mask,
             "entropy": self.entropies * self.mask,
             "response_length": self.mask,

@@ -49,11 +49,11 @@ class PPOTrainer(Trainer):
     whitening and the penalty's controller are over all processes. Dropout is off.
 
     Logged with ``loss`` = ``loss/policy`` + c · ``loss/value``, as means over the steps since the last log:
-    :data:`STEP_METRICS`, and of the rollouts that these steps learned from ``reward`` (before any penalty,
-    and for each part of a sum), ``objective`` (after the penalties), ``kl`` (to the reference, in nats a
-    response), ``kl_coefficient``, ``entropy`` (in nats a token), ``explained_variance``, ``response_length``
-    (in tokens) and ``ended_by_eos`` (a share). Evaluation answers the held-out prompts, with the same random
-    numbers every time.
+    :data:`STEP_METRICS`, and of the rollouts that these steps learned from ``reward`` (before any penalty),
+    ``rewards/<name>/mean`` (of its parts), ``objective`` (after the penalties), ``kl`` (to the reference, in
+    nats a response), ``kl_coefficient``, ``entropy`` (in nats a token), ``explained_variance``,
+    ``response_length`` (in tokens) and ``ended_by_eos`` (a share). Evaluation answers the held-out prompts,
+    with the same random numbers every time.
 
     Args:
         model: a causal language model, or PEFT's wrapper of one; it gets a ``value_head``.
