@@ -19,7 +19,6 @@ _SHOWN = (
     "mean_token_accuracy",
     "reward",
     "kl",
-    "entropy",
     "response_length",
     "completions/mean_length",
     "clip_ratio/region_mean",
