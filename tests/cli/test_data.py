@@ -57,9 +57,10 @@ def written(place: Place, name: str = "ranked.jsonl") -> list[dict[str, Any]]:
     return [json.loads(line) for line in (place.folder / name).read_text().splitlines()]
 
 
-def table(result: Result) -> dict[str, list[str]]:
-    """The cells of the summary's lines, by their source."""
-    lines = [line.split("│")[1:-1] for line in result.out.splitlines() if "│" in line]
+def table(result: Result, title: str = "outputs, joined by prompt") -> dict[str, list[str]]:
+    """The cells of a table's lines, by their source."""
+    below = result.out[result.out.index(f"{title} ") :]
+    lines = [line.split("│")[1:-1] for line in below[: below.index("└")].splitlines() if "│" in line]
     return {line[0].strip(): [cell.strip() for cell in line[1:]] for line in lines}
 
 
@@ -85,13 +86,17 @@ def test_outputs_are_joined_by_prompt_and_ranked_by_a_rule(files: Place, trimtab
             "scores": [float(len(text)) for text, _ in best_first],
             "sources": [source for _, source in best_first],
         }
-    cells = table(result)
-    counts = {name: row[:7] for name, row in cells.items()}
-    # rows, prompts, missing, responses, empty, repeated, ranked
-    assert counts["sft"] == ["5", "5", "0", "5", "0", "0", "4"]
-    assert counts["dpo"] == ["4", "4", "1", "4", "0", "0", "4"]
-    chosen = [len(pair["chosen"][0]["content"]) for pair in pairs]
-    assert cells["sft"][7] == f"{sum(chosen) / 4:.4g}"
+    assert table(result) == {  # rows, prompts, missing, responses, empty, repeated
+        "sft": ["5", "5", "0", "5", "0", "0"],
+        "dpo": ["4", "4", "1", "4", "0", "0"],
+    }
+    lengths = [[len(pair[side][0]["content"]) for side in ("chosen", "rejected")] for pair in pairs]
+    untied = [pair for pair in lengths if pair[0] != pair[1]]
+    assert table(result, "ranked") == {
+        name: ["4", f"{sum(pair[i] for pair in lengths) / 4:.4g}", f"{share:.0%}"]
+        for i, name in enumerate(("sft", "dpo"))
+        for share in [sum(pair[i] > pair[1 - i] for pair in untied) / len(untied)]
+    }
     assert "4 prompts with 8 ranked responses: ranked.jsonl" in result.out
     assert "warning: prompts with a single response, which were left out: 1" in result.err
     assert "all equal" not in result.err
@@ -178,10 +183,15 @@ def test_scores_that_the_files_have_are_taken(files: Place, trimtab: Run) -> Non
         },
         {"prompt": "b", "responses": ["x", "y"], "scores": [2.0, 2.0], "sources": ["first", "first"]},
     ]
-    counts = table(result)
-    # rows, prompts, missing, responses, empty, repeated, ranked, mean score, best
-    assert counts["first"] == ["7", "5", "0", "8", "2", "1", "4", "2", "100%"]
-    assert counts["second"] == ["2", "1", "4", "2", "0", "1", "1", "2", "0%"]
+    assert table(result) == {  # rows, prompts, missing, responses, empty, repeated
+        "first": ["7", "5", "0", "8", "2", "1"],
+        "second": ["2", "1", "4", "2", "0", "1"],
+    }
+    assert table(result, "ranked") == {  # responses, mean score, best
+        "human": ["2", "2", "100%"],
+        "second": ["1", "2", "0%"],
+        "first": ["2", "2", "0%"],
+    }
     for line in (
         "1 rows left out: a column that is needed is null",
         "1 rows left out: empty prompt",
@@ -221,10 +231,10 @@ def test_prompts_without_room_and_answers_that_the_limit_ends_are_counted(files:
     arguments = ("--model", "base", "--model", "reference", "--max-new-tokens", "7", *LENGTH, *OUT)
     result = trimtab("data", "rank", write(files, "text.jsonl", rows), *arguments)
     assert result.code == 0, result.err
-    # rows, prompts, missing, responses, empty, repeated, no room, cut, ranked
-    assert table(result)["text"][:9] == ["2", "2", "0", "2", "0", "0", "0", "0", "1"]
+    # rows, prompts, missing, responses, empty, repeated, no room, cut
+    assert table(result)["text"] == ["2", "2", "0", "2", "0", "0", "0", "0"]
     for model in ("base", "reference"):
-        assert table(result)[model][:9] == ["0", "1", "1", "1", "0", "0", "1", "1", "1"]
+        assert table(result)[model] == ["0", "1", "1", "1", "0", "0", "1", "1"]
     (found,) = written(files, "o.jsonl")
     texts = dict(zip(found["sources"], found["responses"], strict=True))
     assert texts["base"] != texts["reference"], "each model has its own random numbers"

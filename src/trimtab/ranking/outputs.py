@@ -14,6 +14,8 @@ from trimtab.errors import nearest
 
 _PROMPT = ("prompt", "query", "instruction")
 _RESPONSE = ("response", "completion", "output")
+_GENERATOR = ("generator", "model")  # not "source": that is mostly where a row of data is from
+_WHO = (*_GENERATOR, "source")
 
 
 @dataclass(frozen=True)
@@ -40,10 +42,11 @@ class Output:
 def read_output(row: Row) -> Output:
     """Read a row of a model's outputs.
 
-    These are read, the first that fits: a prompt with ``responses`` (and ``scores``, ``sources``); a prompt
-    with ``response``, ``completion`` or ``output`` (and ``score``); ``messages``, or sharegpt's
-    ``conversations``, whose last message is the response (and ``score``). The prompt is ``prompt``,
-    ``query`` or ``instruction``, text or messages.
+    These are read, the first that fits: a prompt with ``responses`` (and ``scores``, ``sources``; or
+    responses as objects that hold all three); a prompt with ``response``, ``completion`` or ``output``;
+    ``messages``, or sharegpt's ``conversations``, whose last message is the response. The latter may have
+    ``score``, and ``generator`` or ``model``. The prompt is ``prompt``, ``query`` or ``instruction``, text
+    or messages.
 
     Raises:
         BadRow: if it is none of these, or a column holds something else than it should.
@@ -67,9 +70,11 @@ def read_output(row: Row) -> Output:
 def _several(row: Row) -> Output:
     texts, scores = responses_of(row)
     sources = row.get("sources")
-    if sources is not None and (not isinstance(sources, list) or len(sources) != len(texts)):
+    if sources is None:
+        sources = [_named(response, _WHO) for response in row["responses"]]
+    if not isinstance(sources, list) or len(sources) != len(texts):
         raise BadRow(f"{len(texts)} responses need a list of as many 'sources', not {describe(sources)}")
-    named = [str(source) if source is not None else None for source in sources or [None] * len(texts)]
+    named = [str(source) if source is not None else None for source in sources]
     return _output(row, texts, scores or [None] * len(texts), named)
 
 
@@ -79,9 +84,9 @@ def _single(row: Row) -> Output:
     if not is_conversation(said):
         if not isinstance(said, str):
             raise BadRow(f"column {column!r} holds {describe(said)}; text is needed")
-        return _output(row, [said], [row.get("score")], [None])
-    output = _output(row, [_answer(conversation(said, column), column)], [row.get("score")], [None])
-    return output.as_chat()
+        return _output(row, [said], [row.get("score")], [_named(row, _GENERATOR)])
+    answer = _answer(conversation(said, column), column)
+    return _output(row, [answer], [row.get("score")], [_named(row, _GENERATOR)]).as_chat()
 
 
 def _spoken(row: Row) -> Output:
@@ -90,7 +95,7 @@ def _spoken(row: Row) -> Output:
     if not messages or messages[-1]["role"] != "assistant":
         raise Dropped("empty_response")
     answer = _answer(messages[-1:], column)
-    return Output(messages[:-1], (answer,), (row.get("score"),), (None,))
+    return Output(messages[:-1], (answer,), (row.get("score"),), (_named(row, _GENERATOR),))
 
 
 def _answer(messages: list[Message], column: str) -> str:
@@ -102,6 +107,12 @@ def _answer(messages: list[Message], column: str) -> str:
         )
     text: str = messages[0]["content"]
     return text
+
+
+def _named(where: Any, keys: tuple[str, ...]) -> str | None:
+    """Which model gave a response, where a row or a response in object form says so."""
+    found = (where.get(key) for key in keys) if isinstance(where, dict) else ()
+    return next((name for name in found if isinstance(name, str) and name), None)
 
 
 def _output(row: Row, texts: list[str], scores: list[Any], sources: list[str | None]) -> Output:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from trimtab.data.outcome import REASONS
-from trimtab.ranking.candidates import Candidates, Question, Tally
+from trimtab.ranking.candidates import Candidates, Question
 from trimtab.terminal import say
 
 
@@ -50,8 +50,9 @@ class Ranked:
 
 
 def show_ranked(ranked: Ranked, out: str, console: Console) -> None:
-    """Print the table and what to know besides; warnings go to the error stream."""
-    console.print(_table(ranked))
+    """Print the tables and what to know besides; warnings go to the error stream."""
+    console.print(_outputs(ranked))
+    console.print(_standings(ranked))
     for line in _lines(ranked):
         console.print(f"  {line}", soft_wrap=True, markup=False)
     count = sum(len(question.candidates) for question in ranked.questions)
@@ -67,36 +68,47 @@ def show_ranked(ranked: Ranked, out: str, console: Console) -> None:
         )
 
 
-def _table(ranked: Ranked) -> Table:
-    table = Table(title="outputs, joined by prompt", title_justify="left")
-    table.add_column("source", overflow="fold")
+def _outputs(ranked: Ranked) -> Table:
     tallies = ranked.candidates.tallies
     generated = any(tally.cut or tally.without_room for tally in tallies)
     columns = ["rows", "prompts", "missing", "responses", "empty", "repeated"]
-    columns += ["no room", "cut"] if generated else []
-    for column in (*columns, "ranked", "mean score", "best"):
-        table.add_column(column, justify="right")
+    table = _made("outputs, joined by prompt", *columns, *(["no room", "cut"] if generated else []))
     for tally in tallies:
         counts = [tally.rows, len(tally.prompts), ranked.candidates.missing(tally), tally.responses]
         counts += [tally.empty, tally.repeated, *([tally.without_room, tally.cut] if generated else [])]
-        table.add_row(escape(tally.name), *(f"{count:,}" for count in counts), *_worth(tally, ranked))
+        table.add_row(escape(tally.name), *(f"{count:,}" for count in counts))
     return table
 
 
-def _worth(tally: Tally, ranked: Ranked) -> tuple[str, str, str]:
-    """How many responses of a source were ranked, their mean score, and how often one of them is the best.
+def _standings(ranked: Ranked) -> Table:
+    """Of each source how many responses are ranked, their mean score, and how often one of them is the best.
 
-    A prompt with several best responses counts for the first of them, and one whose scores are all equal for
-    none.
+    Where several responses to a prompt are the best, each counts for its part; prompts whose scores are all
+    equal have no best one.
     """
-    scores, best, telling = [], 0, 0
+    scores: dict[str, list[float]] = defaultdict(list)
+    best: dict[str, float] = defaultdict(float)
     for question in ranked.questions:
-        scores += [candidate.score for candidate in question.candidates if candidate.origin is tally]
-        if not question.is_tied:
-            telling += 1
-            best += max(question.candidates, key=lambda candidate: candidate.score).origin is tally
-    mean = f"{sum(scores) / len(scores):.4g}" if scores else "–"
-    return f"{len(scores):,}", mean, f"{best / telling:.0%}" if telling else "–"
+        highest = max(candidate.score for candidate in question.candidates)
+        first = [candidate.source for candidate in question.candidates if candidate.score == highest]
+        for candidate in question.candidates:
+            scores[candidate.source].append(candidate.score)
+        for source in [] if question.is_tied else first:
+            best[source] += 1 / len(first)
+    telling = len(ranked.questions) - ranked.tied
+    table = _made("ranked", "responses", "mean score", "best")
+    for source, given in scores.items():
+        share = f"{best[source] / telling:.0%}" if telling else "–"
+        table.add_row(escape(source), f"{len(given):,}", f"{sum(given) / len(given):.4g}", share)
+    return table
+
+
+def _made(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    table.add_column("source", overflow="fold")
+    for column in columns:
+        table.add_column(column, justify="right")
+    return table
 
 
 def _lines(ranked: Ranked) -> Iterator[str]:

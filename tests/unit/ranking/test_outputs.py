@@ -50,6 +50,10 @@ def test_several_responses_with_what_is_known_of_them() -> None:
     row = {"prompt": "hi", "responses": ["a", "b"]}
     output = read_output({**row, "scores": [None, 1], "sources": ["x", None]})
     assert (output.responses, output.scores, output.sources) == (("a", "b"), (None, 1), ("x", None))
+    objects = [{"output": "a", "generator": "x", "score": 2}, {"text": "b", "source": "y"}]
+    output = read_output({**HI, "responses": objects})
+    assert (output.responses, output.scores, output.sources) == (("a", "b"), (2, None), ("x", "y"))
+    assert read_output({**HI, "response": "a", "generator": "x", "source": "y"}).sources == ("x",)
     assert read_output(row).scores == (None, None)
 
 
