@@ -231,6 +231,18 @@ def test_each_matrix_renews_its_projector_at_its_own_time(monkeypatch: pytest.Mo
     assert renewed == [["0", "1", "2", "3", "4", "5"], *by_time[1:], *by_time, by_time[0]]
 
 
+def test_matrices_that_are_added_later_do_not_move_the_others_times() -> None:
+    model = Policy()
+    optimizer = built(model)
+    take_step(model, optimizer, 0)
+    more = nn.Parameter(torch.ones(4, 4, dtype=torch.float64))
+    optimizer.add_param_group({"params": [("more", more)]})
+    more.grad = torch.randn_like(more)
+    take_step(model, optimizer, 1)
+    offsets = [optimizer.state[p]["projector_offset"] for p in (model.wide, model.high, model.square, more)]
+    assert offsets == [0, 1, 2, 3]  # of three in a gap of 4, and the last of four
+
+
 def failing(*_: Any, **__: Any) -> Any:
     raise torch.linalg.LinAlgError("did not converge")
 
