@@ -74,7 +74,13 @@ RANKED = [
 ]
 
 
-@pytest.mark.parametrize("method", ["sft", "dpo", "ipo", "kto", "reward", "rrhf", "ppo"])
+SAMPLED = {
+    "ppo": {"rewards": "tests.tiny:share_of_small", "max_new_tokens": 4},
+    "grpo": {"rewards": "tests.tiny:share_of_small", "max_new_tokens": 4, "num_generations": 2, "beta": 0.1},
+}
+
+
+@pytest.mark.parametrize("method", ["sft", "dpo", "ipo", "kto", "reward", "rrhf", "ppo", "grpo"])
 def test_a_fresh_adapter_under_every_method(
     method: str, tiny_models: Any, tiny_pairs: Any, instructions: Path, tmp_path: Path
 ) -> None:
@@ -87,14 +93,13 @@ def test_a_fresh_adapter_under_every_method(
     )
     if method in ("sft", "reward", "rrhf"):
         values["model"] = values.pop("reference")
-    if method == "ppo":
-        values["loss"] = {"rewards": "tests.tiny:share_of_small", "max_new_tokens": 4}
+    values["loss"] = SAMPLED.get(method, {})
     folder = tiny.train(values)
     lines = logged(folder)
     if method in ("dpo", "ipo", "kto"):  # the policy starts as the reference, which is the model without it
         assert lines[0]["eval_rewards/margins"] == 0.0
     assert sum("loss" in line for line in lines) == 2
-    if method == "ppo":
+    if method in SAMPLED:
         assert next(line["kl"] for line in lines if "kl" in line) == pytest.approx(0, abs=1e-5)
     trained, initial = adapter_of(folder / "model"), load_file(folder / "model" / INITIAL)
     assert trained.keys() == initial.keys()
@@ -251,7 +256,7 @@ def test_one_merged_step_is_the_plain_one_and_the_adapter_s_own_delta(
     assert (tmp_path / "merged" / "model" / INITIAL).is_file() == kept
 
 
-@pytest.mark.parametrize("method", ["sft", "kto", "rrhf", "ppo"])
+@pytest.mark.parametrize("method", ["sft", "kto", "rrhf", "ppo", "grpo"])
 def test_methods_merge_in_adapter_space(
     method: str, sft_adapter: Path, tiny_models: Any, tiny_pairs: Any, instructions: Path, tmp_path: Path
 ) -> None:
@@ -263,8 +268,7 @@ def test_methods_merge_in_adapter_space(
         optimizer={**PAIRING, "lr": 1e-9, "merge_weight": 0.05, "reserve_rate": None},
         schedule={"lr": {"type": "constant"}},
     )  # fmt: skip
-    if method == "ppo":
-        values["loss"] = {"rewards": "tests.tiny:share_of_small", "max_new_tokens": 4}
+    values["loss"] = SAMPLED.get(method, {})
     merged = adapter_of(tiny.train(values) / "model")
     start, initial = adapter_of(sft_adapter), load_file(sft_adapter / INITIAL)
     assert merged.keys() == start.keys()
