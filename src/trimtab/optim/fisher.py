@@ -41,7 +41,7 @@ class FisherChildTuning(Regulariser):
 
     Raises:
         UserError: an argument out of range; at the first step, sharded parameters, parameters without a
-            gradient, no rows, or a gradient that is not finite.
+            gradient, no rows, or a gradient that is not finite; later, parameters that were added.
 
     Examples:
         >>> import torch
@@ -64,8 +64,11 @@ class FisherChildTuning(Regulariser):
     def before_step(self) -> None:
         """Choose the mask before the first step; mask the gradients."""
         groups = [group for group in self.optimizer.param_groups if group["params"]]
-        if not all(group.get(_MASKED) for group in groups):
+        chosen = [bool(group.get(_MASKED)) for group in groups]
+        if not any(chosen):
             self._choose(groups)
+        elif not all(chosen):
+            raise UserError("parameters were added after ChildTuning-D had chosen what to train")
         for group in groups:
             for p in self.stepping(group):
                 mask: Tensor | None = self.kept(p, MASK)

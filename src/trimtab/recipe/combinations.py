@@ -171,6 +171,12 @@ def _regularisers(recipe: Recipe) -> Iterator[Problem]:
                 ("optimizer", name, "data"),
                 "is not for method reward: the loss of instructions is that of a model that answers",
             )
+        for index, source in enumerate((section and section.data) or ()):
+            if source.weight != 1:
+                yield Problem(
+                    ("optimizer", name, "data", index, "weight"),
+                    "has no effect here: rows are taken from the beginning of each source; leave it out",
+                )
     if child is None:
         return
     if child.variant == "F":

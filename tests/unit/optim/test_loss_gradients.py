@@ -87,6 +87,17 @@ def test_a_parameter_without_a_gradient_at_the_first_step_is_refused() -> None:
         optimizer.step()
 
 
+def test_parameters_that_come_after_the_mask_are_refused() -> None:
+    weight, more = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    FisherChildTuning(optimizer, lambda: [weight.sum()], 0.5)
+    weight.grad = more.grad = torch.ones(2)
+    optimizer.step()
+    optimizer.add_param_group({"params": [more]})
+    with pytest.raises(UserError, match="parameters were added after ChildTuning-D had chosen"):
+        optimizer.step()
+
+
 @pytest.mark.parametrize("kind", ["fisher", "projection"])
 def test_rows_that_give_nothing_are_refused(kind: str) -> None:
     for rows, sentence in (([], "no rows"), ([float("nan")], "not finite")):

@@ -149,6 +149,38 @@ def test_a_resumed_run_is_the_uninterrupted_one(
     assert_same_run(copy, whole)
 
 
+@pytest.mark.parametrize("method", ["ppo", "grpo"])
+def test_methods_that_sample_are_regularised_and_resume(
+    method: str, tiny_models: Any, tiny_pairs: Any, instructions: Path, tmp_path: Path
+) -> None:
+    loss = {"rewards": "tests.tiny:share_of_small", "max_new_tokens": 4, "beta": 0.3}
+    given = {
+        "projection": {"data": str(instructions), "rows": 2, "every": 2},
+        "child_tuning": {"variant": "D", "rows": 3, "data": str(instructions)},
+        "pull": {"strength": 0.25},
+        "elastic_reset": {"coefficient": 0.25, "every": 3},
+        "ema": {"coefficient": 0.25},
+    }
+    values = tiny.recipe(
+        tiny_models,
+        tiny_pairs,
+        tmp_path / "whole",
+        method=method,
+        loss={**loss, **({"num_generations": 2} if method == "grpo" else {})},
+        training={"per_device_train_batch_size": 4},
+        **sections(ONDARE, **given),
+    )
+    whole = tiny.train(values)
+    for cut in ((4,), ()):  # after the second step, and after the last
+        copy = tmp_path / f"copy{len(cut)}"
+        shutil.copytree(whole, copy)
+        shutil.rmtree(copy / "model")
+        for step in cut:
+            shutil.rmtree(checkpoint_folders(copy)[step])
+        tiny.train({**values, "output": str(copy)}, resume=True)
+        assert_same_run(copy, whole)
+
+
 def test_fisher_information_is_of_the_method_s_own_loss(
     trainer_of: Any, in_float64: Any, tiny_models: Any
 ) -> None:
@@ -294,6 +326,11 @@ def test_memory_and_card_name_what_is_there(
             {"child_tuning": {"variant": "D", "data": "org/rows"}},
             {"method": "reward", "loss": {}},
             r"optimizer\.child_tuning\.data is not for method reward",
+        ),
+        (
+            {"projection": {"data": {"path": "org/rows", "weight": 2}}},
+            {},
+            r"optimizer\.projection\.data\.0\.weight has no effect here",
         ),
         ({"pull": {"strength": 2}}, {}, r"optimizer\.pull\.strength must be"),
         ({"elastic_reset": {"every": 0}}, {}, r"optimizer\.elastic_reset\.every must be"),
