@@ -187,7 +187,7 @@ def _regularisers(recipe: Recipe) -> Iterator[Problem]:
                     "goes with variant D, whose mask is chosen by Fisher information; F draws its masks",
                     also=(("optimizer", "child_tuning", "variant"),),
                 )
-    elif child.data is None and (recipe.data.streaming or recipe.method in ("ppo", "grpo", "rloo")):
+    elif child.data is None and (recipe.data.streaming or recipe.method in ("grpo", "rloo")):
         what = "data.streaming is read once" if recipe.data.streaming else f"method {recipe.method} samples"
         yield Problem(
             ("optimizer", "child_tuning", "data"),

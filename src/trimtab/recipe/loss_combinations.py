@@ -106,7 +106,14 @@ def _sampled_responses(data: Data, method: str, loss: SampledLoss) -> Iterator[P
 
 
 def _policy_optimization(recipe: Recipe, loss: PPOLoss) -> Iterator[Problem]:
-    """The order of the prompts is PPO's own, and a coefficient of 0 cannot be adapted."""
+    """The order of the prompts is PPO's own, a coefficient of 0 cannot be adapted, and values are learned."""
+    child = recipe.optimizer.child_tuning
+    if child is not None and child.variant == "D":
+        yield Problem(
+            ("optimizer", "child_tuning", "variant"),
+            "must be F for method ppo: no instructions tell which weights of the value head matter, so that "
+            "D would keep it where it starts",
+        )
     if loss.kl_target is not None and loss.beta == 0:
         yield Problem(
             ("loss", "kl_target"),

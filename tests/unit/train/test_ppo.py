@@ -453,6 +453,10 @@ def test_a_dry_run_counts_steps_and_memory(
         ({"data": {"streaming": True}}, r"data\.streaming is not supported for method ppo"),
         ({"training": {"dataloader_drop_last": True}}, r"dataloader_drop_last has no effect with method ppo"),
         ({"training": {"load_best_model_at_end": True}}, r"training\.metric_for_best_model is missing"),
+        (
+            {"optimizer": {"child_tuning": {"variant": "D"}}},
+            r"optimizer\.child_tuning\.variant must be F for method ppo",
+        ),
         ({"training": {"max_stepz": 5}}, r"max_stepz is not a field of PPOConfig; did you mean"),
     ],
 )  # fmt: skip

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tests import tiny
 
@@ -19,6 +21,7 @@ SECTIONS = {
     "child_tuning": {"child_tuning": {"variant": "F", "reserve_rate": 0.5}},
     "pull": {"pull": {"strength": 0.1}},
     "elastic_reset": {"elastic_reset": {"every": 1}},
+    "projection": {"projection": {"rows": 4, "every": 1}},
     "galore": {"name": "galore", "galore": {"rank": 2}},
     "adafactor": {"name": "adafactor"},
 }
@@ -40,7 +43,11 @@ def recipe(models: Any, rows: Any, output: Path, optimizer: dict[str, Any]) -> d
 
 @pytest.mark.parametrize("name", SECTIONS)
 def test_two_steps(name: str, tiny_models: Any, tiny_pairs: Any, tmp_path: Path) -> None:
-    folder = tiny.train(recipe(tiny_models, tiny_pairs, tmp_path / "o", SECTIONS[name]))
+    section = copy.deepcopy(SECTIONS[name])
+    if name == "projection":
+        rows = tiny.write_rows(tmp_path / "instructions.jsonl", tiny.instruction_rows(4))
+        section["projection"]["data"] = str(rows)
+    folder = tiny.train(recipe(tiny_models, tiny_pairs, tmp_path / "o", section))
     plain = tiny.train(recipe(tiny_models, tiny_pairs, tmp_path / "plain", {}))
     lines, expected = (
         [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -55,3 +62,5 @@ def test_two_steps(name: str, tiny_models: Any, tiny_pairs: Any, tmp_path: Path)
     assert trained.keys() == start.keys()
     assert any(not torch.equal(trained[key], start[key]) for key in start)
     assert any(not torch.equal(trained[key], beside[key]) for key in start)
+    head = load_file(folder / "checkpoint-2" / "value_head.safetensors")
+    assert head["weight"].abs().max() > 0, "the values are learned"
