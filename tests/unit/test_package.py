@@ -36,6 +36,12 @@ def _modules_after(statement: str) -> set[str]:
     )
 
 
+def test_rewards_load_no_training():
+    loaded = _modules_after("from trimtab.rewards import RRHFScorer, RewardModel, load_reward")
+    assert "trimtab.rewards.likelihood" in loaded
+    assert not {"transformers", "trl", "peft", "datasets", "trimtab.train", "trimtab.optim"} & loaded
+
+
 def test_import_trimtab_is_lazy():
     assert not {"torch", "transformers", "trl", "numpy", "pydantic"} & _modules_after("import trimtab")
 

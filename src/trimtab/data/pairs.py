@@ -7,6 +7,7 @@ inside both answers is taken out of them here, so that it is the same for every 
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from typing import Any
 
 from trimtab.data.messages import (
@@ -338,12 +339,16 @@ def _one_of(response: Any, keys: tuple[str, ...]) -> Any:
     return next((response[key] for key in keys if isinstance(response, dict) and key in response), None)
 
 
-def finite_score(score: Any, column: str = "scores") -> float:
+def finite_score(score: Any) -> float:
     """Return a score as a finite float.
 
     Raises:
         BadRow: if it is anything else.
     """
-    if isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score):
-        raise BadRow(f"column {column!r} holds {describe(score)}; every score must be a finite number")
-    return float(score)
+    number = None
+    if isinstance(score, int | float) and not isinstance(score, bool):
+        with suppress(OverflowError):  # a whole number beyond what a float holds
+            number = float(score)
+    if number is None or not math.isfinite(number):
+        raise BadRow(f"column 'scores' holds {describe(score)}; every score must be a finite number")
+    return number

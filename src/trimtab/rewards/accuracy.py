@@ -64,7 +64,7 @@ def pairwise_accuracy(
     trials = len(pairs) if prompts is None else prompts
     found = wilson(correct * trials / len(pairs), trials, CONFIDENCE)
     accuracy = correct / len(pairs)
-    of = f"{kind} pairs" + ("" if trials == len(pairs) else f" of {trials:,} prompts")
+    of = f"{kind} pairs" + ("" if trials == len(pairs) else f" of {trials:,} prompt{'s' * (trials > 1)}")
     return {
         "pairs": len(pairs),
         "prompts": trials,

@@ -16,6 +16,7 @@ from trl.trainer.reward_trainer import suppress_seqcls_warning
 
 from trimtab.errors import UserError
 from trimtab.rewards import pairwise_accuracy
+from trimtab.rewards.reward import prompt_key
 from trimtab.train.guard import GuardedTrainer
 from trimtab.train.models import ModelFolder
 from trimtab.train.parts import Parts
@@ -31,7 +32,8 @@ class MergingRewardTrainer(GuardedTrainer, RewardTrainer):
             return {}
         pairs = self.held_out_scores()
         scores = [{"chosen": chosen, "rejected": rejected} for chosen, rejected in pairs]
-        return {"rewards": {**pairwise_accuracy(pairs), "scores": scores}}
+        prompts = {prompt_key(row["prompt"]) for row in self.eval_dataset.select_columns(["prompt"])}
+        return {"rewards": {**pairwise_accuracy(pairs, prompts=len(prompts)), "scores": scores}}
 
     @torch.no_grad()
     def held_out_scores(self) -> list[tuple[float, float]]:

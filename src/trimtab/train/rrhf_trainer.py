@@ -236,14 +236,14 @@ class MergingRRHFTrainer(GuardedTrainer, RRHFTrainer):
 
     def final_results(self) -> dict[str, Any]:
         """The pairwise accuracy on the held-out responses as ``rewards``; nothing where no scores differ."""
-        prompts = [] if self.eval_dataset is None else self.held_out_values()
-        by_prompt = [unequal_pairs(one["ranks"], one["values"]) for one in prompts]
-        pairs = [pair for found in by_prompt for pair in found]
+        measured = [] if self.eval_dataset is None else self.held_out_values()
+        pairs = [pair for one in measured for pair in unequal_pairs(one["ranks"], one["values"])]
         if not pairs:
             return {}
+        prompts = {tuple(row["prompt_ids"]) for row in self.eval_dataset if len(set(row["scores"])) > 1}
         statement = "the better response has the higher length-normalized log-probability"
-        found = pairwise_accuracy(pairs, prompts=sum(map(bool, by_prompt)), statement=statement)
-        return {"rewards": {**found, "scores": prompts}}
+        found = pairwise_accuracy(pairs, prompts=len(prompts), statement=statement)
+        return {"rewards": {**found, "scores": measured}}
 
     @torch.no_grad()
     def held_out_values(self) -> list[dict[str, list[float]]]:

@@ -15,6 +15,7 @@ from tests import tiny
 from tests.equivalence.runs import assert_same_run
 from tests.oracle import losses
 from trimtab import UserError
+from trimtab.evaluate import wilson
 from trimtab.rewards import load_reward
 from trimtab.train.checkpoints import checkpoint_folders
 from trimtab.train.terminal import plain_libraries
@@ -132,6 +133,19 @@ def test_the_accuracy_is_counted_with_its_interval_and_told(finished: Path) -> N
     assert f"{correct} of 8 held-out pairs" in card
     assert "A reward model of" in card
     assert [line["step"] for line in lines_of(finished) if "eval_accuracy" in line] == [0, 6, 12]
+
+
+def test_pairs_of_one_prompt_are_no_more_evidence_than_one(
+    tiny_models: Any, tiny_pairs: Any, tmp_path: Path
+) -> None:
+    first, second, other = tiny.preference_rows(3, seed=1)
+    rows = [first, {**second, "prompt": first["prompt"]}, other]
+    data = (tiny_pairs[0], tiny.write_rows(tmp_path / "eval.jsonl", rows))
+    folder = tiny.train(tiny.recipe(tiny_models, data, tmp_path / "o", **ADAMW, training={"max_steps": 1}))
+    result = json.loads((folder / "results" / "rewards.json").read_text())
+    known = wilson(result["correct"] * 2 / 3, 2)
+    assert (result["pairs"], result["prompts"]) == (3, 2)
+    assert [result["interval"][end] for end in ("low", "high")] == pytest.approx([known.low, known.high])
 
 
 @pytest.mark.parametrize("optimizer", MERGING, ids=lambda section: section["name"])
