@@ -14,6 +14,12 @@ Answer = tuple[list[float], list[float]]
 """One answer: its tokens' log-probabilities under the policy, and under the reference."""
 
 
+def dpo(chosen: Answer, rejected: Answer, beta: float) -> float:
+    """DPO, Eq. 7 of arXiv 2305.18290, for one pair."""
+    margin = beta * (_summed(chosen) - _summed(rejected))
+    return math.log(1 + math.exp(-margin))
+
+
 def ipo(chosen: Answer, rejected: Answer, beta: float, *, per_token: bool = True) -> float:
     """IPO, Eq. 17 of arXiv 2310.12036; ``per_token`` is TRL's mean over tokens instead of the sum."""
     ratios = []
