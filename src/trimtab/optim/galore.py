@@ -24,7 +24,7 @@ from trimtab.optim.subspace import leading_vectors
 
 Parameters = Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
 
-PLAIN = (r"embed|\bwte\b|\bwpe\b|lm_head|score|classifier",)
+PLAIN = (r"embed|\bwte\b|\bwpe\b", r"(^|\.)(lm_head|score|classifier|value_head)\.")
 """Finds what takes plain AdamW by default: embeddings and heads, which the paper does not project either."""
 
 PROJECTOR, OFFSET = "projector", "projector_offset"

@@ -43,8 +43,8 @@ def _reference_delta(recipe: Recipe) -> Iterator[Problem]:
     if recipe.base is None and recipe.delta is None and not _is_adapter(recipe.reference):
         yield Problem(
             ("base",),
-            f"is missing: optimizer {name} merges a reference delta; give base (the pretrained model) "
-            "or delta (made with trimtab delta)",
+            f"is missing: optimizer {name} merges a reference delta; give base (the pretrained model, or the "
+            "one that a reference adapter stands on) or delta (made with trimtab delta)",
             also=(NAME, ("delta",)),
         )
     if recipe.base is not None and recipe.base == recipe.reference:

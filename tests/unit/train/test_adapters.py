@@ -230,11 +230,22 @@ def merging_values(
     return tiny.recipe(models, pairs, output, **(given | sections))
 
 
-@pytest.mark.parametrize("kept", [True, False], ids=["A0 kept", "A0 assumed"])
+@pytest.fixture(scope="module")
+def dora_adapter(
+    tiny_models: tuple[Path, Path], instructions: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The same with a magnitude per output, and another scale."""
+    folder, adapter = tmp_path_factory.mktemp("dora") / "run", {"r": 2, "dora": True, "rslora": True}
+    return tiny.train(sft_values(tiny_models, instructions, folder, adapter=adapter)) / "model"
+
+
+@pytest.mark.parametrize("kind", ["A0 kept", "A0 assumed", "DoRA"])
 def test_one_merged_step_is_the_plain_one_and_the_adapter_s_own_delta(
-    kept: bool, sft_adapter: Path, tiny_models: Any, tiny_pairs: Any, tmp_path: Path, capsys: Any
-) -> None:
+    kind: str, sft_adapter: Path, dora_adapter: Path, tiny_models: Any, tiny_pairs: Any, tmp_path: Path,
+    capsys: Any,
+) -> None:  # fmt: skip
     """θ_r + (1 − α)·Δ + α·τ, with Δ from a run of AdamW and τ from the files."""
+    sft_adapter, kept = dora_adapter if kind == "DoRA" else sft_adapter, kind != "A0 assumed"
     reference = sft_adapter
     if not kept:
         reference = tmp_path / "without"
@@ -368,6 +379,7 @@ def test_a_policy_that_is_not_the_reference_is_refused(
     values = merging_values(tiny_models, tiny_pairs, sft_adapter, tmp_path / "o", model=str(other))
     with pytest.raises(UserError, match=r"the policy differs from the delta's reference .* in 28 of 28"):
         tiny.train(values)
+    assert not (tmp_path / "o").exists()
 
 
 @pytest.mark.parametrize(
