@@ -123,7 +123,7 @@ def _validated(model: type[Recipe], values: dict[str, Any]) -> tuple[Recipe | No
         except ValidationError as error:
             found = [problem for problem in problems_of(error, model) if not _doubtful(problem, touched)]
             problems += found
-            for details in error.errors(include_url=False):
+            for details in reversed(error.errors(include_url=False)):  # from the end: places in lists stay
                 key = tuple(details["loc"])
                 values = _repaired(values, key, missing=details["type"] == "missing")
                 touched.append(key)

@@ -14,10 +14,12 @@ from trimtab.errors import UserError
 from trimtab.model_folder import ModelFolder, find_model, load_model, load_tokenizer
 from trimtab.named_function import function_named, names_function
 from trimtab.recipe import RewardSource
+from trimtab.recipe.problems import problems_of
 from trimtab.rewards.likelihood import RRHFScorer
 from trimtab.rewards.model import check_reward_model, load_reward_model
 from trimtab.rewards.reward import Reward, WeightedSum
 from trimtab.rewards.rule import Rule
+from trimtab.yaml_file import dotted
 
 Sources = str | RewardSource | Mapping[str, Any] | Sequence[str | RewardSource | Mapping[str, Any]]
 """One source or several: as a recipe writes them, or as :class:`~trimtab.recipe.RewardSource`."""
@@ -102,8 +104,8 @@ def reward_sources(sources: Sources) -> tuple[RewardSource, ...]:
     try:
         return tuple(RewardSource.model_validate(one) for one in listed)
     except ValidationError as error:
-        said = error.errors(include_url=False)[0]
-        raise UserError(f"{'.'.join(['reward', *map(str, said['loc'])])}: {said['msg']}") from None
+        problem = next(problems_of(error, RewardSource))
+        raise UserError(f"{dotted(('reward', *problem.key))} {problem.message}") from None
 
 
 def model_names(paths: Sequence[str]) -> list[str]:

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from tests import tiny
 from trimtab import UserError
-from trimtab.recipe import RewardSource
+from trimtab.recipe import RewardSource, make_recipe
 from trimtab.rewards import RRHFScorer, WeightedSum, load_reward, load_rewards
 from trimtab.rewards.loading import model_names
 
@@ -53,8 +53,25 @@ def test_a_text_is_a_rule_or_a_reward_model() -> None:
 def test_a_source_is_one_thing(values: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ValidationError, match=sentence):
         RewardSource.model_validate(values)
-    with pytest.raises(UserError, match=f"^reward: {sentence}$"):
+    with pytest.raises(UserError, match=f"^reward {sentence}$"):
         load_reward(values)
+
+
+def test_what_is_wrong_in_a_recipe_is_said_once_each() -> None:
+    rewards = [
+        {"modle": "x"},
+        {"model": "a", "rule": "b:c"},
+        "nothing/here",
+        {"rule": "a:b", "weight": "high"},
+    ]
+    values = {"method": "grpo", "reference": ".", "data": {"train": "."}, "output": "o"}
+    with pytest.raises(UserError) as refused:
+        make_recipe({**values, "loss": {"rewards": rewards}})
+    assert [line.strip() for line in str(refused.value).splitlines() if "rewards" in line] == [
+        "loss.rewards.0.modle is not a key of a recipe; did you mean loss.rewards.0.model?",
+        "loss.rewards.1 must name one of model, likelihood and rule, not model and rule",
+        "loss.rewards.3.weight must be a number, not 'high'",
+    ]
 
 
 def test_a_rule_sees_prompts_responses_and_rows() -> None:
