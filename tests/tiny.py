@@ -99,6 +99,16 @@ def write_adapter(on: Path, folder: Path, *, r: int = 2) -> Path:
     return folder
 
 
+def write_poisoned_model(folder: Path, character: str) -> Path:
+    """Write a model folder whose embedding of one character is not a number; rows without it are healthy."""
+    made = model(0, tied=False)
+    place = tokenizer().convert_tokens_to_ids(character)
+    made.get_input_embeddings().weight.data[place] = float("nan")
+    made.save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
 def preference_rows(count: int, seed: int = 0) -> list[dict[str, Any]]:
     """Conversational preference pairs about copying a word: chosen repeats it, rejected is another."""
     chooser = random.Random(seed)

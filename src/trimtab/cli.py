@@ -195,7 +195,7 @@ COMMANDS: dict[str, Command] = {
         _quickstart,
     ),
     "train": Command(
-        "Train a model as a recipe says (method: sft, dpo, ipo, kto, rrhf, ppo or reward).",
+        "Train a model as a recipe says (method: sft, dpo, ipo, kto, rrhf, ppo, grpo, rloo or reward).",
         "trimtab train recipes/smollm2-dpo.yaml optimizer.lr=1e-6 --dry-run",
         _declare_train,
         _train,

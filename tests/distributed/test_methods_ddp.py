@@ -49,6 +49,28 @@ def low_rank(models: Any, folder: Path) -> dict[str, dict[str, Any]]:
     return {"galore": galore, "adapter": adapter}
 
 
+def sampled_recipe(models: Any, folder: Path, method: str) -> dict[str, Any]:
+    """Groups of four responses, two of them on each process; saved inside a generation."""
+    return tiny.recipe(
+        models,
+        (folder / "train.jsonl", folder / "eval.jsonl"),
+        folder / f"{method}-two",
+        method=method,
+        loss={
+            "rewards": "tests.unit.train.rules:letters",
+            "max_new_tokens": 4,
+            "num_generations": 4,
+            "num_iterations": 2,
+        },
+        training={
+            "max_steps": 4,
+            "save_steps": 3,
+            "per_device_train_batch_size": 2,
+            "per_device_eval_batch_size": 2,
+        },
+    )
+
+
 @pytest.fixture(scope="module")
 def runs(tiny_models: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("methods")
@@ -59,8 +81,18 @@ def runs(tiny_models: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / f"{method}.json").write_text(json.dumps(values))
     for name, values in low_rank(tiny_models, folder).items():
         (folder / f"{name}.json").write_text(json.dumps(values))
+    for method in ("grpo", "rloo"):
+        values = sampled_recipe(tiny_models, folder, method)
+        (folder / f"{method}.json").write_text(json.dumps(values))
+    values = sampled_recipe(tiny_models, folder, "grpo")
+    (folder / "grpo_resumed.json").write_text(json.dumps({**values, "output": f"{values['output']}-resumed"}))
     root = Path(__file__).parents[2]
-    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": f"{root}{os.pathsep}{root / 'src'}",
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
     launch = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [sys.executable, "-m", *launch, "-m", "tests.distributed.train_worker", str(folder)]
     done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=240)
@@ -96,12 +128,24 @@ def test_rrhf_is_the_one_of_one_process(runs: Path, tiny_models: Any) -> None:
         assert [ours[name] for name in kept] == pytest.approx([theirs[name] for name in kept], rel=1e-5)
 
 
-def test_kto_s_processes_end_the_same(runs: Path) -> None:
-    first, second = (torch.load(runs / f"kto.{rank}.pt", weights_only=True) for rank in (0, 1))
-    assert len(first["gradients"]) == 3
-    assert_same(first, second, "kto")
-    saved = tiny.weights(runs / "kto-two" / "model")
+@pytest.mark.parametrize(("method", "steps"), [("kto", 3), ("grpo", 4), ("rloo", 4)])
+def test_processes_end_the_same(method: str, steps: int, runs: Path) -> None:
+    first, second = (torch.load(runs / f"{method}.{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert len(first["gradients"]) == steps
+    assert_same(first, second, method)
+    saved = tiny.weights(runs / f"{method}-two" / "model")
     assert_same({key: first["final"][key] for key in saved}, saved, "model")
+
+
+def test_processes_resume_inside_a_generation(runs: Path) -> None:
+    whole, resumed = runs / "grpo-two", runs / "grpo-two-resumed"
+    assert {path.name for path in (resumed / "checkpoint-3").glob("responses_*")} == {
+        "responses_0.pt",
+        "responses_1.pt",
+    }
+    assert_same(tiny.weights(resumed / "model"), tiny.weights(whole / "model"), "model")
+    assert_same(logged(resumed), logged(whole), "metrics")
+    assert all(line["reward"] >= 0 for line in logged(whole) if "reward" in line)
 
 
 @pytest.mark.parametrize("name", ["galore", "adapter"])

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch.utils.data import Sampler
 from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model
 
@@ -18,6 +19,7 @@ from trimtab.data.prompts import other_columns
 from trimtab.errors import UserError
 from trimtab.recipe import SampledLoss
 from trimtab.rewards import Reward, load_rewards
+from trimtab.train.excerpts import named, shortened
 from trimtab.train.models import load_model
 from trimtab.train.parts import Parts
 from trimtab.train.reference import load_reference
@@ -59,7 +61,16 @@ class GroupSampling:
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         self._prompt_ids = [list(row["prompt_ids"]) for row in inputs]
-        made: dict[str, Any] = super()._generate_and_score_completions(inputs)  # type: ignore[misc]
+        try:
+            made: dict[str, Any] = super()._generate_and_score_completions(inputs)  # type: ignore[misc]
+        except RuntimeError as error:
+            if "probability tensor" not in str(error):
+                raise
+            texts = [self.processing_class.decode(ids, skip_special_tokens=True) for ids in self._prompt_ids]
+            raise UserError(
+                f"the policy's probabilities are not finite at step {self.state.global_step + 1}, answering "
+                f"{named(map(shortened, texts))}; its weights or these rows are broken"
+            ) from error
         return made
 
     def _tokenize_prompts(self, prompts: list[Any]) -> tuple[list[list[int]], None, dict[str, Any]]:
@@ -77,21 +88,22 @@ class GroupSampling:
         border = self._step % (self.args.steps_per_generation * self.num_iterations) == 0
         kept = {"step": self._step, "generation": None if border else self._buffered_inputs}
         torch.save(
-            kept, self._generation_file(Path(self.args.output_dir, f"checkpoint-{self.state.global_step}"))
+            kept, self._responses_file(Path(self.args.output_dir, f"checkpoint-{self.state.global_step}"))
         )
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
         if checkpoint is None:
             return
-        file = self._generation_file(Path(checkpoint))
+        file = self._responses_file(Path(checkpoint))
         if not file.is_file():
             raise UserError(f"{checkpoint} has no {file.name}, which says where in a generation it was saved")
-        kept = torch.load(file, map_location=self.args.device, weights_only=True)
-        self._step, self._buffered_inputs = kept["step"], kept["generation"]
+        kept = torch.load(file, map_location="cpu", weights_only=True)
+        self._step = kept["step"]
+        self._buffered_inputs = send_to_device(kept["generation"], self.args.device)
 
-    def _generation_file(self, checkpoint: Path) -> Path:
-        return checkpoint / f"generation_{self.args.process_index}.pt"
+    def _responses_file(self, checkpoint: Path) -> Path:
+        return checkpoint / f"responses_{self.args.process_index}.pt"
 
 
 class EpochSampler(Sampler[int]):

@@ -112,22 +112,6 @@ class RRHFTrainer(Trainer):
         self._window: torch.Tensor | None = None
         self._window_start = 0
 
-    def training_step(self, model: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """One micro-batch.
-
-        Raises:
-            UserError: if nothing would average the gradients over processes: after ``evaluate``, accelerate
-                takes the model for prepared, and ``train`` would go on without DDP and without a word.
-        """
-        alone = model is self.model and not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
-        if self.args.world_size > 1 and alone:
-            raise UserError(
-                "evaluate was called before train, so the processes would train apart; set eval_on_start "
-                "to evaluate first"
-            )
-        loss: torch.Tensor = super().training_step(model, *args, **kwargs)
-        return loss
-
     def compute_loss(
         self,
         model: Any,

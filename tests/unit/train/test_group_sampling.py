@@ -285,10 +285,10 @@ def test_a_checkpoint_without_its_place_is_refused(values: Any) -> None:
     shutil.rmtree(checkpoint_folders(whole)[4])
     checkpoint = checkpoint_folders(whole)[2]
     marker = json.loads((checkpoint / "trimtab.json").read_text())
-    del marker["files"]["generation_0.pt"]
+    del marker["files"]["responses_0.pt"]
     (checkpoint / "trimtab.json").write_text(json.dumps(marker))
-    (checkpoint / "generation_0.pt").unlink()
-    with pytest.raises(UserError, match=r"has no generation_0\.pt"):
+    (checkpoint / "responses_0.pt").unlink()
+    with pytest.raises(UserError, match=r"has no responses_0\.pt"):
         tiny.train(made, resume=True)
 
 
