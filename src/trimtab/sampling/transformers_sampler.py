@@ -5,7 +5,7 @@ Shapes: R rows of a batch, P tokens of its longest prompt, T new tokens, V vocab
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -70,7 +70,8 @@ class TransformersSampler:
             ``samples`` responses for each prompt, in the order given.
 
         Raises:
-            UserError: for a prompt without tokens, or one that leaves no room in the model's positions.
+            UserError: for a prompt without tokens, or one that leaves no room in the model's positions; if
+                logits are not numbers.
         """
         streams = range(len(prompts)) if streams is None else streams
         rows = [
@@ -108,7 +109,8 @@ class TransformersSampler:
         pad = pad if pad is not None else (ends[0] if ends else 0)
         ids_RP = torch.tensor([[pad] * (width - len(ids)) + ids for ids, _ in rows], device=device)
         mask_RP = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids, _ in rows], device=device)
-        drawing = _Drawing(sampling, uniforms(seed, [key for _, key in rows], sampling.max_new_tokens))
+        numbers_RT = uniforms(seed, [key for _, key in rows], sampling.max_new_tokens)
+        drawing = _Drawing(sampling, numbers_RT, lambda row: self._named(rows[row][0]))
         whole = self.model.generate(
             input_ids=ids_RP,
             attention_mask=mask_RP,
@@ -124,6 +126,11 @@ class TransformersSampler:
         tokens = whole[:, width:].tolist()
         logps = torch.stack(drawing.log_probabilities, 1).tolist()
         return [self._response(*row) for row in zip((ids for ids, _ in rows), tokens, logps, strict=True)]
+
+    def _named(self, prompt_ids: list[int]) -> str:
+        """How a prompt ends, for a sentence."""
+        text = " ".join(self.tokenizer.decode(prompt_ids, skip_special_tokens=True).split())
+        return repr(text if len(text) <= 60 else f"…{text[-57:]}")
 
     def _response(self, prompt_ids: list[int], tokens: list[int], logps: list[float]) -> Response:
         ends = self.ends
@@ -142,11 +149,19 @@ class TransformersSampler:
 class _Drawing:
     """A logits processor that draws each row's next token and leaves no other; it keeps what that costs."""
 
-    def __init__(self, sampling: Sampling, uniforms_RT: torch.Tensor) -> None:
-        self.sampling, self.uniforms_RT = sampling, uniforms_RT
+    def __init__(
+        self, sampling: Sampling, uniforms_RT: torch.Tensor, prompt_of: Callable[[int], str]
+    ) -> None:
+        self.sampling, self.uniforms_RT, self.prompt_of = sampling, uniforms_RT, prompt_of
         self.log_probabilities: list[torch.Tensor] = []
 
     def __call__(self, input_ids: torch.Tensor, logits_RV: torch.Tensor) -> torch.Tensor:
+        broken = logits_RV.isnan().any(-1).nonzero().flatten().tolist()
+        if broken:
+            raise UserError(
+                f"the model's probabilities are not finite in answering {self.prompt_of(broken[0])}; its "
+                "weights or this prompt are broken"
+            )
         place = min(len(self.log_probabilities), self.uniforms_RT.shape[1] - 1)
         uniform_R = self.uniforms_RT[:, place].to(logits_RV.device)
         tokens_R1 = draw(sampled_probabilities(logits_RV, self.sampling), uniform_R)[:, None]

@@ -176,6 +176,15 @@ def test_messages_need_a_chat_template() -> None:
         encode_prompt(tiny.tokenizer(chat_template=None), [{"role": "user", "content": "hi"}])
 
 
+def test_a_prompt_after_which_nothing_is_a_number_is_named(tokenizer: Any) -> None:
+    model = tiny.model(tied=False)
+    model.get_input_embeddings().weight.data[tokenizer.convert_tokens_to_ids("%")] = float("nan")
+    sampler = TransformersSampler(model, tokenizer)
+    assert sampler.sample(["say 10", "say abc"], Sampling(2), seed=0)
+    with pytest.raises(UserError, match="not finite in answering 'say 10 %'; its weights or this prompt"):
+        sampler.sample(["say abc", "say 10 %"], Sampling(2), seed=0)
+
+
 def test_a_prompt_that_leaves_no_room_is_refused(tokenizer: Any) -> None:
     sampler = TransformersSampler(tiny.model(), tokenizer)
     with pytest.raises(UserError, match=r"a prompt of 250 tokens and 7 new ones do not fit .* 256 positions"):
