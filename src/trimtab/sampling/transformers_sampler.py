@@ -156,7 +156,8 @@ class _Drawing:
         self.log_probabilities: list[torch.Tensor] = []
 
     def __call__(self, input_ids: torch.Tensor, logits_RV: torch.Tensor) -> torch.Tensor:
-        broken = logits_RV.isnan().any(-1).nonzero().flatten().tolist()
+        normalizer_R = logits_RV.logsumexp(-1)
+        broken = (~normalizer_R.isfinite()).nonzero().flatten().tolist()
         if broken:
             raise UserError(
                 f"the model's probabilities are not finite in answering {self.prompt_of(broken[0])}; its "
@@ -165,7 +166,7 @@ class _Drawing:
         place = min(len(self.log_probabilities), self.uniforms_RT.shape[1] - 1)
         uniform_R = self.uniforms_RT[:, place].to(logits_RV.device)
         tokens_R1 = draw(sampled_probabilities(logits_RV, self.sampling), uniform_R)[:, None]
-        chosen_R = logits_RV.gather(-1, tokens_R1).squeeze(-1) - logits_RV.logsumexp(-1)
+        chosen_R = logits_RV.gather(-1, tokens_R1).squeeze(-1) - normalizer_R
         self.log_probabilities.append(chosen_R)
         return torch.full_like(logits_RV, -torch.inf).scatter(-1, tokens_R1, 0.0)
 

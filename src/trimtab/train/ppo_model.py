@@ -27,6 +27,9 @@ class ValueHead(torch.nn.Linear):
 
     def __init__(self, width: int) -> None:
         super().__init__(width, 1, dtype=torch.float32)
+
+    def reset_parameters(self) -> None:
+        """Start at 0."""
         torch.nn.init.zeros_(self.weight)
         torch.nn.init.zeros_(self.bias)
 
@@ -77,8 +80,8 @@ def sequences(pairs: Sequence[tuple[Sequence[int], Sequence[int]]], padding: int
         padding: what shorter ones are filled up with on the right.
 
     Returns:
-        ``input_ids`` and ``attention_mask`` (B, L), ``starts`` (where responses start, B) and
-        ``response_mask`` (B, T).
+        ``input_ids`` (B, L), ``starts`` (where responses start, B) and ``response_mask`` (B, T). There is no
+        mask of the padding, which stands behind all that a causal model makes of a row.
 
     Examples:
         >>> batch = sequences([([5, 6], [7]), ([5], [8, 9])], padding=0)
@@ -87,12 +90,10 @@ def sequences(pairs: Sequence[tuple[Sequence[int], Sequence[int]]], padding: int
     """
     rows = [[*prompt, *response] for prompt, response in pairs]
     length, longest = max(map(len, rows)), max(len(response) for _, response in pairs)
-    sizes_B = torch.tensor([len(row) for row in rows])
     answers_B = torch.tensor([len(response) for _, response in pairs])
     return {
         "input_ids": torch.tensor([row + [padding] * (length - len(row)) for row in rows]),
-        "attention_mask": (torch.arange(length) < sizes_B[:, None]).long(),
-        "starts": sizes_B - answers_B,
+        "starts": torch.tensor([len(prompt) for prompt, _ in pairs]),
         "response_mask": torch.arange(longest) < answers_B[:, None],
     }
 
@@ -123,9 +124,8 @@ def read_tokens(
         only = {"logits_to_keep": ids_BL.shape[1] - skipped}
     with _read_by(model.get_output_embeddings()) as seen:
         caller = model if through is None else through
-        logits_BLV = caller(
-            input_ids=ids_BL, attention_mask=batch["attention_mask"], use_cache=False, **only
-        ).logits
+        seen_BL = torch.ones_like(ids_BL)
+        logits_BLV = caller(input_ids=ids_BL, attention_mask=seen_BL, use_cache=False, **only).logits
     logits_NV = logits_BLV[rows_N, predictors_N - skipped] / temperature
     values_N = head(seen[0][rows_N, predictors_N - skipped])
     return selective_log_softmax(logits_NV, targets_N), values_N, logits_NV

@@ -189,3 +189,10 @@ def test_a_prompt_that_leaves_no_room_is_refused(tokenizer: Any) -> None:
     sampler = TransformersSampler(tiny.model(), tokenizer)
     with pytest.raises(UserError, match=r"a prompt of 250 tokens and 7 new ones do not fit .* 256 positions"):
         sampler.sample([[5] * 250], Sampling(7), seed=0)
+
+
+def test_an_infinite_logit_is_said(tokenizer: Any) -> None:
+    model = ending(False, 0.5)
+    model.lm_head.bias.data[7] = torch.inf
+    with pytest.raises(UserError, match="the model's probabilities are not finite"):
+        TransformersSampler(model, tokenizer).sample(PROMPTS, Sampling(3), seed=0)
