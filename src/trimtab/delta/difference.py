@@ -174,7 +174,10 @@ def _check_comparable(reference: Model, base: Model) -> None:
     if reference.kind != base.kind:
         hint = "give two models of one architecture"
         if "adapter" in (reference.kind, base.kind):
-            hint = "give two adapters, or merge the adapter into its model first (merge_and_unload)"
+            hint = (
+                "give two adapters, or no base for what an adapter's own training did, or merge the adapter "
+                "into its model first (merge_and_unload)"
+            )
         raise UserError(
             f"the reference {reference.label!r} is of kind {reference.kind!r} and the base {base.label!r} "
             f"of kind {base.kind!r}; {hint}"

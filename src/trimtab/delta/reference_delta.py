@@ -447,7 +447,7 @@ def _start(reference: Model) -> Model:
         return start_of(reference)
     raise UserError(
         f"base is missing: the reference {reference.label!r} is no adapter folder, so give the model it was "
-        "fine-tuned from"
+        "fine-tuned from (--base)"
     )
 
 

@@ -162,14 +162,14 @@ class GaLoreAdamW(Optimizer):
         states = [self.state[p] for _, p in pairs]
         for state, master in zip(states, masters, strict=True):
             _start(state, master.shape, master)
-        grads = [_gradient(p, master) for (_, p), master in zip(pairs, masters, strict=True)]
+        grads = [_gradient(name, p, master) for (name, p), master in zip(pairs, masters, strict=True)]
         _adam(masters, grads, states, group, weight_decay=group["weight_decay"])
         for (name, p), master in zip(pairs, masters, strict=True):
             self._store(name, p, master)
 
     def _step_projected(self, name: str, p: Tensor, group: dict[str, Any]) -> None:
         state, master = self.state[p], self._master(p)
-        grad, left = _gradient(p, master), p.shape[0] <= p.shape[1]
+        grad, left = _gradient(name, p, master), p.shape[0] <= p.shape[1]
         rank = min(group["rank"], *p.shape)
         _start(state, (rank, p.shape[1]) if left else (p.shape[0], rank), master)
         projector = self._projector(name, p, grad, group)
@@ -280,10 +280,10 @@ def _is_narrow(p: Tensor) -> bool:
     return p.dtype in (torch.bfloat16, torch.float16)
 
 
-def _gradient(p: Tensor, master: Tensor) -> Tensor:
+def _gradient(name: str, p: Tensor, master: Tensor) -> Tensor:
     assert p.grad is not None
     if p.grad.layout != torch.strided:
-        raise UserError("GaLoreAdamW needs dense gradients (Embedding(sparse=False))")
+        raise UserError(f"{name} has a sparse gradient; GaLore needs dense ones (Embedding(sparse=False))")
     return p.grad.to(master.dtype)
 
 

@@ -382,6 +382,29 @@ def test_parameters_without_names_are_refused() -> None:
         GaLoreAdamW(Policy().parameters())  # type: ignore[arg-type]
 
 
+def test_sparse_gradients_are_refused() -> None:
+    table = nn.Embedding(4, 3, sparse=True)
+    table(torch.tensor([1])).sum().backward()
+    with pytest.raises(UserError, match=r"weight has a sparse gradient; GaLore needs dense ones"):
+        GaLoreAdamW(table.named_parameters()).step()
+
+
+def test_a_closure_s_loss_is_returned_and_its_gradient_used() -> None:
+    model, twin = Policy(), Policy()
+    ours, theirs = built(model), built(twin)
+
+    def closure() -> Any:
+        loss = model.wide.square().sum()
+        loss.backward()
+        return loss.detach()
+
+    twin.wide.square().sum().backward()
+    theirs.step()
+    start = float(model.wide.detach().square().sum())
+    assert float(ours.step(closure) or 0) == start
+    assert torch.equal(model.wide, twin.wide)
+
+
 @pytest.fixture
 def two_processes() -> Iterator[Any]:
     distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
