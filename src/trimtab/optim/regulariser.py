@@ -125,8 +125,7 @@ class Regulariser:
     @torch.no_grad()
     def _post_step(self, *_: Any) -> None:
         for p, fresh in self._fresh.items():
-            if takes_step(p):  # else the optimizer may not have made its own state yet
-                self.optimizer.state[p].update(fresh)
+            self.optimizer.state[p].update(fresh)
         self._fresh = {}
         self.after_step()
 

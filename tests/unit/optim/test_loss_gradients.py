@@ -14,6 +14,7 @@ from tests.oracle import regularisers as oracle
 from trimtab import UserError
 from trimtab.ops import kth_largest, normalized, project_out
 from trimtab.optim import FisherChildTuning, GradientProjection
+from trimtab.optim.loss_gradients import mean_gradients
 
 
 def model_and_rows() -> tuple[torch.nn.Module, torch.Tensor]:
@@ -177,6 +178,29 @@ def test_what_is_left_is_orthogonal_to_every_direction(vector: list[float], axes
     assert float(left.norm()) <= length * (1 + 1e-9)
     again = project_out(left.clone(), directions)
     assert torch.allclose(again, left, rtol=0, atol=1e-4 * max(length, 1e-300))
+
+
+def test_a_direction_counts_whatever_its_length() -> None:
+    weight = torch.nn.Parameter(torch.ones(3, dtype=torch.float64))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    GradientProjection(optimizer, [lambda: [weight[1] * 1e4], lambda: [weight[2] * 1e-4]])
+    weight.grad = torch.ones(3, dtype=torch.float64)
+    optimizer.step()
+    assert weight.tolist() == pytest.approx([0, 1, 1], abs=1e-12)
+
+
+@pytest.mark.parametrize("squared", [False, True])
+def test_gradients_are_averaged_over_the_losses_and_left_where_they_are(squared: bool) -> None:
+    model, rows = model_and_rows()
+    each = [gradients_of(model, row) for row in rows]
+    set_gradients(model, 0)
+    before = [p.grad for p in model.parameters()]
+    found = mean_gradients(losses_of(model, rows), list(model.parameters()), squared=squared)
+    for place, (p, gradient) in enumerate(zip(model.parameters(), found, strict=True)):
+        wanted = torch.tensor([row[place] for row in each], dtype=torch.float64)
+        wanted = (wanted**2 if squared else wanted).sum(0) / len(rows)
+        assert torch.allclose(gradient.flatten(), wanted, rtol=0, atol=1e-14)
+        assert p.grad is before[place]
 
 
 def test_a_gradient_that_meets_no_learning_rate_is_projected_before_it_enters_the_momentum() -> None:

@@ -14,6 +14,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 from tests.equivalence.runs import assert_same
 from tests.unit.optim.conftest import flat, small_model, take_step
 from trimtab import OnDARE, OnlineMerging, OnTIES, ReferenceDelta, UserError
+from trimtab.ops import GRADIENT, MaskKey, bernoulli_mask
 from trimtab.optim import (
     EMA,
     ChildTuning,
@@ -102,6 +103,31 @@ def test_saved_and_loaded_in_the_middle_equals_going_on(kind: str, make: Make, d
     assert_same(resumed.state_dict()["state"], optimizer.state_dict()["state"], "state")
 
 
+NOTHING: dict[str, Callable[[torch.nn.Module, Any], Regulariser]] = {
+    "an average": lambda _, optimizer: EMA(optimizer, 0.5),
+    "no pull": lambda _, optimizer: PullToReference(optimizer, 0.0),
+    "no reset yet": lambda _, optimizer: ElasticReset(optimizer, 0.5, every=100),
+    "a mask that keeps all": lambda _, optimizer: ChildTuning(optimizer, 1.0),
+    "information everywhere": lambda model, optimizer: FisherChildTuning(optimizer, losses(model), 1.0),
+    "no direction": lambda model, optimizer: GradientProjection(
+        optimizer, [lambda: [0.0 * next(model.parameters()).sum()]]
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", NOTHING)
+@every_optimizer
+@every_dtype
+def test_what_does_nothing_changes_no_bit(kind: str, make: Make, dtype: torch.dtype) -> None:
+    models = [start(dtype), start(dtype)]
+    optimizers = [make(model) for model in models]
+    NOTHING[kind](models[0], optimizers[0])
+    for t in range(5):
+        for model, optimizer in zip(models, optimizers, strict=True):
+            take_step(model, optimizer, t)
+    assert torch.equal(flat(models[0]), flat(models[1]))
+
+
 @every_regulariser
 @pytest.mark.parametrize("make", [adamw, ondare], ids=lambda make: make.__name__)
 def test_resume_through_distributed_checkpoint_and_its_phantom_step(kind: str, make: Make) -> None:
@@ -156,18 +182,21 @@ def test_the_average_of_bf16_weights_is_fp32_and_of_the_exact_weights() -> None:
         assert not torch.equal(found, found.bfloat16().float()), "it would have fitted into bf16"
 
 
-def test_a_reset_of_bf16_weights_keeps_what_they_cannot_hold() -> None:
-    model = start(torch.bfloat16)
-    optimizer = ondare(model, policy_differs=True)
-    ElasticReset(optimizer, 0.25, every=2)
-    ema = EMA(optimizer, 1.0)  # the weights after the reset, in fp32
-    for t in range(2):
-        take_step(model, optimizer, t)
-    for p in model.parameters():
-        found = ema.average(p)
-        assert found is not None
-        assert torch.equal(found.bfloat16(), p)
-        assert not torch.equal(found, p.float())
+@pytest.mark.parametrize("kind", ["pull", "elastic reset"])
+def test_what_is_written_to_bf16_weights_is_exact_with_their_residual(kind: str) -> None:
+    exact, stored = start(), start(torch.bfloat16)
+    exact.load_state_dict(stored.state_dict())
+    averages = []
+    for model in (exact, stored):
+        optimizer = ondare(model, policy_differs=True, kernel="torch")
+        REGULARISERS[kind](model, optimizer)
+        averages.append(EMA(optimizer, 1.0))  # of the weights as they are, in fp32
+        for t in range(3):
+            take_step(model, optimizer, t)
+    for p, q in zip(exact.parameters(), stored.parameters(), strict=True):
+        assert torch.equal(averages[1].average(q), p)  # type: ignore[arg-type]
+        assert torch.equal(q, p.bfloat16())
+        assert not torch.equal(q.float(), p)
 
 
 def look_and_fail(model: torch.nn.Module, ema: EMA, own: torch.Tensor) -> None:
@@ -235,6 +264,30 @@ def test_detached_it_acts_no_more() -> None:
     take_step(model, optimizer, 1)
     assert all(torch.equal(ema.average(p), k) for p, k in zip(model.parameters(), kept, strict=True))  # type: ignore[arg-type]
     EMA(optimizer, 0.5)  # and another may be attached
+
+
+class Failing(torch.optim.SGD):
+    """Its first step comes to nothing."""
+
+    failed = False
+
+    def step(self, closure: Any = None) -> Any:
+        if not self.failed:
+            self.failed = True
+            raise ZeroDivisionError
+        return super().step(closure)
+
+
+def test_a_step_that_fails_is_not_counted() -> None:
+    model = start()
+    optimizer = Failing(model.named_parameters(), lr=0.1)
+    ChildTuning(optimizer, 0.5, seed=3)
+    with pytest.raises(ZeroDivisionError):
+        take_step(model, optimizer, 0)
+    take_step(model, optimizer, 0)
+    for name, p in model.named_parameters():
+        assert p.grad is not None
+        assert torch.equal(p.grad != 0, bernoulli_mask(p.shape, 0.5, MaskKey(3, GRADIENT, 1, name)))
 
 
 @pytest.mark.parametrize(
