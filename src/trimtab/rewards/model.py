@@ -134,15 +134,16 @@ def _padding(config: Any, rows: list[list[int]]) -> Iterator[int]:
 
     Where a model states none, a token that is in none of the rows, so that each is read to its own end.
     """
-    if config.pad_token_id is not None:
-        yield config.pad_token_id
+    stated = config.pad_token_id
+    if stated is not None and stated >= 0:  # some configurations say none as −1
+        yield stated
         return
     used = {token for row in rows for token in row}
     config.pad_token_id = next(token for token in range(len(used) + 1) if token not in used)
     try:
         yield config.pad_token_id
     finally:
-        config.pad_token_id = None
+        config.pad_token_id = stated
 
 
 def longest_input(model: Any, tokenizer: Any) -> int | None:

@@ -47,12 +47,13 @@ def ids_of(tokenizer: Any, prompt: Any, response: str) -> list[int]:
     )
 
 
-@pytest.mark.parametrize("pad", [0, 1, None], ids=["own token", "end of turn", "none"])
+@pytest.mark.parametrize("pad", [0, 1, None, -1], ids=["own token", "end of turn", "none", "-1"])
 def test_scores_do_not_depend_on_padding_or_order(pad: int | None) -> None:
-    model, tokenizer = classifier(pad), tiny.tokenizer()
+    model, tokenizer = classifier(None if pad == -1 else pad), tiny.tokenizer()
     model.train()
     known = [alone(model, ids_of(tokenizer, *pair)) for pair in zip(MIXED, RESPONSES, strict=True)]
     assert max(known) - min(known) > 0.1
+    model.config.pad_token_id = pad
     for size in (1, 3, 8):
         reward = RewardModel(model, tokenizer, batch_size=size)
         assert reward(MIXED, RESPONSES) == pytest.approx(known, abs=1e-5)
