@@ -228,20 +228,30 @@ def test_models_answer_the_prompts(files: Place, trimtab: Run) -> None:
 
 def test_prompts_without_room_and_answers_that_the_limit_ends_are_counted(files: Place, trimtab: Run) -> None:
     rows = [{"prompt": "a" * 250, "response": "x"}, {"prompt": "a", "response": "x"}]
-    arguments = ("--model", "base", "--model", "reference", "--max-new-tokens", "7", *LENGTH, *OUT)
+    shutil.copytree(files.folder / "base", files.folder / "twin")
+    arguments = ("--model", "base", "--model", "twin", "--max-new-tokens", "7", *LENGTH, *OUT)
     result = trimtab("data", "rank", write(files, "text.jsonl", rows), *arguments)
     assert result.code == 0, result.err
     # rows, prompts, missing, responses, empty, repeated, no room, cut
     assert table(result)["text"] == ["2", "2", "0", "2", "0", "0", "0", "0"]
-    for model in ("base", "reference"):
+    for model in ("base", "twin"):
         assert table(result)[model] == ["0", "1", "1", "1", "0", "0", "1", "1"]
     (found,) = written(files, "o.jsonl")
-    texts = dict(zip(found["sources"], found["responses"], strict=True))
-    assert texts["base"] != texts["reference"], "each model has its own random numbers"
+    assert sorted(found["sources"]) == ["base", "text", "twin"], "each model has its own random numbers"
     shutil.copytree(files.folder / "base", files.folder / "plain")
     tiny.tokenizer(chat_template="{{ raise_exception('no') }}").save_pretrained(files.folder / "plain")
     spoken = ("data", "rank", "sft.jsonl", "--model", "plain", *LENGTH, *OUT, "--overwrite")
     refused(trimtab(*spoken), ["plain: the chat template refuses the prompt 'say ", "no"])
+
+
+def test_best_responses_share_the_place(files: Place, trimtab: Run) -> None:
+    rows = [
+        {"prompt": "a", "responses": ["x", "y", "z"], "scores": [3, 3, 1], "sources": ["one", "two", "two"]},
+        {"prompt": "b", "responses": ["x", "y"], "scores": [2, 1], "sources": ["one", "two"]},
+    ]
+    result = trimtab("data", "rank", write(files, "rows.jsonl", rows), "--out", "ranked.jsonl")
+    assert result.code == 0, result.err
+    assert table(result, "ranked") == {"one": ["2", "2.5", "75%"], "two": ["3", "1.667", "25%"]}
 
 
 def test_rules_see_the_rows(files: Place, trimtab: Run) -> None:

@@ -212,6 +212,22 @@ def test_an_adapter_brings_its_head(tmp_path: Path, tiny_models: tuple[Path, Pat
 
 
 @pytest.mark.usefixtures("quiet")
+def test_an_adapter_is_read_to_where_it_was_trained_to_be(
+    tmp_path: Path, tiny_models: tuple[Path, Path]
+) -> None:
+    """Trained with the end of the turn as padding, which PEFT does not keep and the tokenizer does."""
+    made = adapter(tmp_path / "adapter", tiny_models[0], "SEQ_CLS")
+    tiny.tokenizer(pad_token="<|end|>").save_pretrained(tmp_path / "adapter")
+    assert made.config.pad_token_id == 0
+    made.config.pad_token_id = 1
+    known = [alone(made, ids_of(tiny.tokenizer(), *pair)) for pair in zip(MIXED, RESPONSES, strict=True)]
+    made.config.pad_token_id = 0
+    other = [alone(made, ids_of(tiny.tokenizer(), *pair)) for pair in zip(MIXED, RESPONSES, strict=True)]
+    assert known != pytest.approx(other, rel=1e-2)
+    assert load_reward(str(tmp_path / "adapter"))(MIXED, RESPONSES) == pytest.approx(known, rel=1e-4)
+
+
+@pytest.mark.usefixtures("quiet")
 def test_an_adapter_of_a_language_model_is_refused(tmp_path: Path, tiny_models: tuple[Path, Path]) -> None:
     adapter(tmp_path / "adapter", tiny_models[0], "CAUSAL_LM")
     with pytest.raises(UserError, match="is an adapter of another kind of model, so it gives no score"):
