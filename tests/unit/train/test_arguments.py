@@ -68,8 +68,8 @@ def test_a_resumed_run_is_not_evaluated_at_its_start(arguments: Any) -> None:
 
 
 def test_an_unknown_method_is_refused() -> None:
-    with pytest.raises(UserError, match="'grpo' is not available yet; available: sft, dpo, ipo, kto, reward"):
-        config_class("grpo")
+    with pytest.raises(UserError, match="'raft' is not available yet; available: sft, dpo, ipo, kto, reward"):
+        config_class("raft")
 
 
 def test_the_learning_rate_ends_where_the_schedule_says(
