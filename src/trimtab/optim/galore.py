@@ -223,7 +223,7 @@ class GaLoreAdamW(Optimizer):
             what = {
                 "gesvd": "the driver gesvd found its singular vectors",
                 "eigh": "they were taken from its Gram matrix",
-                "kept": "its last projector was kept",
+                "kept": "its last projector was kept (the axes, where it had none)",
             }
             warnings.warn(
                 f"the SVD of the gradient of {name} failed, and {what[how]}; this is said once and counted "
