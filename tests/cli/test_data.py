@@ -168,7 +168,7 @@ def test_scores_that_the_files_have_are_taken(files: Place, trimtab: Run) -> Non
         {"prompt": " ", "responses": ["x", "y"], "scores": [1, 2]},
         {"prompt": "d", "responses": [], "scores": []},
         {"prompt": "e", "response": None},
-        {"prompt": "f", "response": "\ud800", "score": 1},
+        {"prompt": "f", "responses": ["x", "\ud800"], "scores": [1, 2]},
     ]
     second = [{"prompt": "a", "response": "z", "score": 2}, {"prompt": "a", "response": "x", "score": 9}]
     names = write(files, "first.jsonl", first), write(files, "second.jsonl", second)
@@ -184,8 +184,8 @@ def test_scores_that_the_files_have_are_taken(files: Place, trimtab: Run) -> Non
         {"prompt": "b", "responses": ["x", "y"], "scores": [2.0, 2.0], "sources": ["first", "first"]},
     ]
     assert table(result) == {  # rows, prompts, missing, responses, empty, repeated
-        "first": ["7", "5", "0", "8", "2", "1"],
-        "second": ["2", "1", "4", "2", "0", "1"],
+        "first": ["7", "4", "0", "8", "2", "1"],
+        "second": ["2", "1", "3", "2", "0", "1"],
     }
     assert table(result, "ranked") == {  # responses, mean score, best
         "human": ["2", "2", "100%"],
@@ -196,7 +196,7 @@ def test_scores_that_the_files_have_are_taken(files: Place, trimtab: Run) -> Non
         "1 rows left out: a column that is needed is null",
         "1 rows left out: empty prompt",
         "1 rows left out: not valid Unicode (a lone surrogate)",
-        "2 prompts left out: no response",
+        "1 prompts left out: no response",
     ):
         assert line in result.out
     assert "single response, which were left out: 1" in result.err

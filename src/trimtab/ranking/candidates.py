@@ -115,12 +115,7 @@ class Candidates:
         return self.questions.setdefault(key, Question(prompt, row))
 
     def add(self, question: Question, candidate: Candidate) -> None:
-        """Add a response, unless it is empty or there already; either is counted.
-
-        Raises:
-            Dropped: if it is no valid Unicode.
-        """
-        canonical({"response": candidate.text})
+        """Add a response, unless it is empty or there already; either is counted."""
         candidate.origin.responses += 1
         if is_empty(candidate.text):
             candidate.origin.empty += 1

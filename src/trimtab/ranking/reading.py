@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from trimtab.data.collect import canonical
 from trimtab.data.formats import detect
+from trimtab.data.locate import suffix_of
 from trimtab.data.origin import open_source
 from trimtab.data.outcome import Dropped
 from trimtab.data.pipeline import at_place
@@ -43,6 +45,7 @@ def read_outputs(path: str, name: str, candidates: Candidates, *, chat: bool) ->
 
 def _add(output: Output, record: Record, candidates: Candidates, tally: Tally, chat: bool) -> None:
     output = output.as_chat() if chat else output
+    canonical({"responses": output.responses})  # a lone surrogate is no text
     question = candidates.question(output.prompt, record.row, tally)
     for text, score, source in zip(output.responses, output.scores, output.sources, strict=True):
         candidate = Candidate(text, source or tally.name, tally, record.row, record.place, score)
@@ -74,10 +77,15 @@ def file_names(paths: Sequence[str]) -> list[str]:
     """Return what to call files: their names without endings, or their whole paths where two would be one.
 
     Examples:
-        >>> file_names(["a/sft.jsonl", "a/dpo.jsonl.gz"]), file_names(["a/x.jsonl", "b/x.jsonl"])
-        (['sft', 'dpo'], ['a/x.jsonl', 'b/x.jsonl'])
+        >>> file_names(["a/sft-1.5.jsonl", "a/dpo.jsonl.gz"]), file_names(["a/x.jsonl", "b/x.jsonl"])
+        (['sft-1.5', 'dpo'], ['a/x.jsonl', 'b/x.jsonl'])
     """
-    short = [Path(path).name.split(".")[0] or path for path in paths]
+    short = [_stem(path) for path in paths]
     return [
         path if short.count(name) > 1 or not name else name for name, path in zip(short, paths, strict=True)
     ]
+
+
+def _stem(path: str) -> str:
+    name = Path(path).name
+    return name.removesuffix(".gz").removesuffix(suffix_of(Path(name)) or "")
