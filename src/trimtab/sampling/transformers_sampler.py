@@ -156,6 +156,9 @@ class _Drawing:
         self.log_probabilities: list[torch.Tensor] = []
 
     def __call__(self, input_ids: torch.Tensor, logits_RV: torch.Tensor) -> torch.Tensor:
+        device = logits_RV.device
+        if device.type == "mps":  # has no float64, in which tokens are drawn
+            logits_RV = logits_RV.cpu()
         normalizer_R = logits_RV.logsumexp(-1)
         broken = (~normalizer_R.isfinite()).nonzero().flatten().tolist()
         if broken:
@@ -168,7 +171,7 @@ class _Drawing:
         tokens_R1 = draw(sampled_probabilities(logits_RV, self.sampling), uniform_R)[:, None]
         chosen_R = logits_RV.gather(-1, tokens_R1).squeeze(-1) - normalizer_R
         self.log_probabilities.append(chosen_R)
-        return torch.full_like(logits_RV, -torch.inf).scatter(-1, tokens_R1, 0.0)
+        return torch.full_like(logits_RV, -torch.inf).scatter(-1, tokens_R1, 0.0).to(device)
 
 
 @contextmanager

@@ -60,7 +60,7 @@ class Judged:
             "response_length": self.mask,
             "ended_by_eos": 1 - self.cut_off,
         }
-        return {name: values.double().sum() for name, values in found.items()}
+        return {name: values.float().sum() for name, values in found.items()}
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ class RolloutMaker:
         advantages_RT, returns_RT = generalized_advantages(
             rewards_RT, values_RT, mask_RT, discount=settings.discount, trace=settings.trace
         )
-        metrics = self.means({**judged.sums(), "objective": rewards_RT.double().sum()})
+        metrics = self.means({**judged.sums(), "objective": rewards_RT.float().sum()})
         foretold = explained_variance(values_RT, returns_RT, mask_RT, self.total)
         return Rollout(
             prompt_ids=[list(response.prompt_ids) for response in judged.responses],
@@ -157,12 +157,13 @@ class RolloutMaker:
             prompts = [row["prompt_ids"] for row in rows]
             found = self.sampler.sample(prompts, sampling, seed=self.seed, streams=places)
             responses = [response for (response,) in found]
-            texts, columns = [response.text for response in responses], [other_columns(row) for row in rows]
-            parts = self.reward.by_part([row["prompt"] for row in rows], texts, columns)
             mask_RT, logps_RT, values_RT, entropies_RT = self._read(self.model, responses)
             with self._reference() as reference:
                 reference_logps_RT = self._read(reference, responses)[1]
         self.model.train(training)
+        # Not in that context: a reward model scores as it does elsewhere.
+        texts, columns = [response.text for response in responses], [other_columns(row) for row in rows]
+        parts = self.reward.by_part([row["prompt"] for row in rows], texts, columns)
         scores_R = torch.tensor(self.reward.total(parts), dtype=torch.float64).to(logps_RT)
         return Judged(
             responses, parts, scores_R, mask_RT, logps_RT, reference_logps_RT, values_RT, entropies_RT
@@ -199,7 +200,7 @@ class RolloutMaker:
         Args:
             sums: of :meth:`Judged.sums`.
         """
-        stacked = torch.stack([value.to(self.model.device, torch.float32) for value in sums.values()])
+        stacked = torch.stack([value.to(self.model.device) for value in sums.values()])
         total = dict(zip(sums, self.total(stacked).tolist(), strict=True))
         responses, tokens = total.pop("responses"), total["response_length"]
         return {name: value / (tokens if name == "entropy" else responses) for name, value in total.items()}

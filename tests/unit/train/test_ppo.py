@@ -414,6 +414,21 @@ def test_a_reward_model_scores(tiny_models: Any, tiny_pairs: Any, tmp_path: Path
     assert all(line["reward"] != 0 for line in steps(folder))
 
 
+def test_a_reward_is_asked_outside_of_autocast(
+    tiny_models: Any, tiny_pairs: Any, tmp_path: Path, monkeypatch: Any
+) -> None:
+    seen = []
+
+    def rule(prompts: Any, responses: list[str], rows: Any) -> list[float]:
+        seen.append((torch.is_autocast_enabled("cpu"), torch.is_grad_enabled()))
+        return [0.0] * len(responses)
+
+    monkeypatch.setattr(tiny, "share_of_small", rule)
+    training = {"max_steps": 1, "bf16": True}
+    tiny.train(recipe(tiny_models, tiny_pairs, tmp_path / "o", training=training, **ADAMW))
+    assert set(seen) == {(False, False)}
+
+
 def test_a_score_that_is_not_finite_is_refused(tiny_models: Any, tiny_pairs: Any, tmp_path: Path) -> None:
     values = recipe(tiny_models, tiny_pairs, tmp_path / "o", loss={"rewards": "tests.tiny:not_a_number"})
     with pytest.raises(UserError, match="every score must be a finite number"):
