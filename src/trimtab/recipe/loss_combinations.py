@@ -6,7 +6,6 @@ from collections.abc import Iterator
 
 from trimtab.recipe.losses import DPOLoss, KTOLoss, PPOLoss, RewardLoss, RRHFLoss, SampledLoss
 from trimtab.recipe.recipe import Recipe
-from trimtab.recipe.sections import Data
 from trimtab.yaml_file import Problem
 
 
@@ -20,7 +19,7 @@ def loss_problems(recipe: Recipe) -> Iterator[Problem]:
     if isinstance(loss, RRHFLoss):
         yield from _ranked_responses(recipe)
     if isinstance(loss, SampledLoss):
-        yield from _sampled_responses(recipe.data, recipe.method, loss)
+        yield from _sampled_responses(recipe, loss)
     if isinstance(loss, PPOLoss):
         yield from _policy_optimization(recipe, loss)
     if isinstance(loss, KTOLoss):
@@ -90,8 +89,22 @@ def _ranked_responses(recipe: Recipe) -> Iterator[Problem]:
         )
 
 
-def _sampled_responses(data: Data, method: str, loss: SampledLoss) -> Iterator[Problem]:
-    """A prompt and its response share the room of one row."""
+def _sampled_responses(recipe: Recipe, loss: SampledLoss) -> Iterator[Problem]:
+    """A prompt and its response share the room of one row; a loss on samples says nothing of their worth."""
+    data, method = recipe.data, recipe.method
+    if recipe.training.get("load_best_model_at_end") and not recipe.training.get("metric_for_best_model"):
+        yield Problem(
+            ("training", "metric_for_best_model"),
+            f"is missing: method {method} has no loss that tells how good answers to held-out prompts are; "
+            "name reward to keep the best",
+            also=(("training", "load_best_model_at_end"),),
+        )
+    for name in ("train_sampling_strategy", "dataloader_drop_last"):
+        if recipe.training.get(name):
+            yield Problem(
+                ("training", name),
+                f"has no effect with method {method}, which orders prompts by itself",
+            )
     if data.streaming:
         yield Problem(
             ("data", "streaming"), f"is not supported for method {method}, whose prompts are read at once"
@@ -120,17 +133,6 @@ def _policy_optimization(recipe: Recipe, loss: PPOLoss) -> Iterator[Problem]:
             "cannot be reached from a beta of 0, which stays 0; start above it",
             also=(("loss", "beta"),),
         )
-    if recipe.training.get("load_best_model_at_end") and not recipe.training.get("metric_for_best_model"):
-        yield Problem(
-            ("training", "metric_for_best_model"),
-            "is missing: method ppo measures no loss on held-out prompts; name reward to keep the best",
-            also=(("training", "load_best_model_at_end"),),
-        )
-    for name in ("train_sampling_strategy", "dataloader_drop_last"):
-        if recipe.training.get(name):
-            yield Problem(
-                ("training", name), "has no effect with method ppo, which takes all prompts in random orders"
-            )
 
 
 def _number(value: object) -> float | None:

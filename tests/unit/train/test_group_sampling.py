@@ -338,6 +338,8 @@ def test_steps_are_counted_as_the_trainer_counts_them(
         ),
         ({"training": {"chat_template_kwargs": {"a": 1}}}, "chat_template_kwargs has no effect"),
         ({"training": {"sync_ref_model": True}}, "would move the reference"),
+        ({"training": {"load_best_model_at_end": True}}, "no loss that tells how good answers"),
+        ({"training": {"dataloader_drop_last": True}}, "grpo, which orders prompts by itself"),
         ({"training": {"temperature": 0.5}}, r"training\.temperature is written as loss\.temperature"),
         ({"training": {"reward_weights": [1.0]}}, r"reward_weights is written as loss\.rewards"),
         ({"loss": {"num_generations": 1}}, r"loss\.num_generations must be at least 2"),
