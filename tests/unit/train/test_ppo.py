@@ -1,4 +1,4 @@
-"""PPO from a recipe: a whole step is the oracle's; what it learns, saves, resumes and refuses."""
+"""PPO from a recipe: what it logs, learns, saves, resumes and refuses."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tests import tiny
 from tests.equivalence.runs import assert_same, assert_same_run
-from tests.oracle import ppo as oracle
 from trimtab import UserError
+from trimtab.rewards import load_reward
 from trimtab.train.checkpoints import checkpoint_folders
 
 pytestmark = pytest.mark.xdist_group("train")  # one worker: what costs is importing the trainers
@@ -34,110 +35,6 @@ def steps(folder: Path) -> list[dict[str, Any]]:
     return [line for line in lines if "loss" in line]
 
 
-# A whole step.
-
-PLACES = [*range(6, 12)]
-STEP = {"clip": 0.1, "value_clip": 0.05, "value_coefficient": 0.7, "discount": 0.9, "trace": 0.8}
-
-
-@pytest.fixture
-def moved(trainer_of: Any, in_float64: Any, tiny_models: Any) -> Any:
-    """A trainer in float64 whose policy is not the reference and has a value head that says something."""
-    loss = {**LOSS, **STEP, "max_new_tokens": 16, "temperature": 1.3, "missing_eos_penalty": 0.25}
-    training = {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 2}
-    trainer = trainer_of(method="ppo", loss=loss, training=training, **ADAMW)
-    trainer.model.double()
-    trainer.maker.reference.double()
-    move(trainer.model, 0, 0.05)
-    return trainer
-
-
-def move(model: Any, seed: int, scale: float) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-            parameter.add_(scale * noise)
-
-
-def test_a_whole_step_is_the_oracle_s(moved: Any, in_float64: Any, tiny_models: Any) -> None:
-    trainer, places = moved, PLACES
-    rows = [trainer.train_dataset[place] for place in places]
-    judged = trainer.maker.judge(rows, places)
-    rollout = trainer.rollout = trainer.maker.make(rows, places, kl_coefficient=0.3)
-    assert rollout.logps.dtype == torch.float64
-    episodes = [
-        oracle.Episode(
-            row["prompt_ids"],
-            list(response.ids),
-            tiny.share_of_small([], [response.text], None)[0] - 0.25 * (response.end == "length"),
-        )
-        for row, response in zip(rows, judged.responses, strict=True)
-    ]
-    assert {response.end for response in judged.responses} == {"length", "eos"}
-    assert len({len(episode.prompt) for episode in episodes}) > 1
-    head = (trainer.model.value_head.weight[0], trainer.model.value_head.bias[0])
-    with torch.no_grad():
-        old = [oracle.token_terms(trainer.model, head, episode, 1.3) for episode in episodes]
-    old = [(logps.tolist(), values.tolist()) for logps, values in old]
-    move(trainer.model, 1, 0.02)
-
-    batches = [trainer._collate([0, 1, 2]), trainer._collate([3, 4, 5])]
-    tokens = torch.tensor(sum(len(episode.response) for episode in episodes))
-    losses = [trainer.compute_loss(trainer.model, batch, num_items_in_batch=tokens) for batch in batches]
-    sum(losses).backward()
-    found = {name: parameter.grad.clone() for name, parameter in trainer.model.named_parameters()}
-
-    trainer.model.zero_grad()
-    expected = oracle.step(
-        trainer.model, head, old, in_float64(tiny_models[1]), episodes, beta=0.3, temperature=1.3, **STEP
-    )
-    expected.backward()
-    assert sum(losses).item() == pytest.approx(expected.item(), rel=1e-9)
-    for name, parameter in trainer.model.named_parameters():
-        torch.testing.assert_close(found[name], parameter.grad, rtol=1e-6, atol=1e-9, msg=name)
-        assert parameter.grad.abs().max() > 1e-4, name
-    shares = dict(zip(("clip_fraction", "value_clip_fraction"), (trainer._step_sums[2:4]), strict=True))
-    assert all(0 < float(share) < 1 for share in shares.values()), shares
-
-
-def test_a_rollout_s_metrics_are_the_oracle_s(moved: Any, in_float64: Any, tiny_models: Any) -> None:
-    trainer, places = moved, PLACES
-    rows = [trainer.train_dataset[place] for place in places]
-    rollout = trainer.maker.make(rows, places, kl_coefficient=0.3)
-    head = (trainer.model.value_head.weight[0], trainer.model.value_head.bias[0])
-    kl, lengths, ended, rewards, objectives, values, returns = 0.0, 0, 0, 0.0, 0.0, [], []
-    for prompt, response in zip(rollout.prompt_ids, rollout.response_ids, strict=True):
-        finished = response[-1] == 1
-        text = trainer.processing_class.decode(response, skip_special_tokens=True)
-        reward = tiny.share_of_small([], [text], None)[0]
-        episode = oracle.Episode(prompt, response, reward - 0.25 * (not finished))
-        with torch.no_grad():
-            ours, value = oracle.token_terms(trainer.model, head, episode, 1.3)
-            theirs, _ = oracle.token_terms(in_float64(tiny_models[1]), head, episode, 1.3)
-        tokens = oracle.rewards(episode.score, ours.tolist(), theirs.tolist(), 0.3)
-        kl += float((ours - theirs).sum())
-        lengths, ended, rewards = lengths + len(response), ended + finished, rewards + reward
-        objectives += sum(tokens)
-        values += value.tolist()
-        returns += oracle.advantages(tokens, value.tolist(), 0.9, 0.8)[1]
-    expected = {
-        "kl": kl / 6,
-        "response_length": lengths / 6,
-        "ended_by_eos": ended / 6,
-        "reward": rewards / 6,
-        "objective": objectives / 6,
-        "explained_variance": oracle.explained_variance(values, returns),
-        "kl_coefficient": 0.3,
-    }
-    found = {name: rollout.metrics[name] for name in expected}
-    assert found == pytest.approx(expected, rel=1e-5)
-    assert 0 < rollout.metrics["entropy"] <= 4.65  # log 104
-    white = rollout.advantages[rollout.logps != 0]
-    assert float(white.mean()) == pytest.approx(0, abs=1e-12)
-    assert float(white.var(correction=0)) == pytest.approx(1, rel=1e-6)
-
-
 def test_the_first_minibatch_has_the_ratio_1(tiny_models: Any, tiny_pairs: Any, tmp_path: Path) -> None:
     loss = {"epochs": 1}
     folder = tiny.train(recipe(tiny_models, tiny_pairs, tmp_path / "o", loss=loss, **ADAMW))
@@ -145,30 +42,6 @@ def test_the_first_minibatch_has_the_ratio_1(tiny_models: Any, tiny_pairs: Any, 
         assert line["ratio"] == pytest.approx(1, abs=1e-5)
         assert line["clip_fraction"] == 0
         assert line["approx_kl"] == pytest.approx(0, abs=1e-9)
-
-
-def test_every_prompt_has_its_turn(trainer_of: Any) -> None:
-    """Rollouts of 10 prompts from 24 rows: each pass over the rows has each of them once."""
-    loss = {**LOSS, "minibatches": 5}
-    trainer = trainer_of(method="ppo", loss=loss, training={"per_device_train_batch_size": 2}, **ADAMW)
-    assert trainer.rows_per_rollout == 10
-    taken, places = [], []
-    for number in range(12):
-        rows, at = trainer._prompts(number)
-        taken += [json.dumps(row["prompt"]) for row in rows]
-        places += at
-    assert places == list(range(120))
-    passes = [taken[first : first + 24] for first in range(0, 120, 24)]
-    assert all(len(set(one)) == 24 for one in passes)
-    assert passes[0] != passes[1]
-    seen = [
-        sorted(row for minibatch in range(5) for row in trainer._minibatch(3, 5 * epoch + minibatch))
-        for epoch in (0, 1)
-    ]
-    assert seen == [list(range(10))] * 2
-
-
-# Runs.
 
 
 @pytest.mark.parametrize(
@@ -258,10 +131,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(
     cut_off(whole, step, tmp_path / "copy")
     tiny.train({**values, "output": str(tmp_path / "copy")}, resume=True)
     assert_same_run(tmp_path / "copy", whole)
-    for name in ("value_head.safetensors", "rollout_0.pt"):
-        load = (
-            torch.load if name.endswith(".pt") else __import__("safetensors.torch", fromlist=["x"]).load_file
-        )
+    for load, name in ((load_file, "value_head.safetensors"), (torch.load, "rollout_0.pt")):
         states = [load(run / "checkpoint-7" / name) for run in (tmp_path / "copy", whole)]
         assert_same(*states, name)
 
@@ -388,8 +258,6 @@ def test_the_best_checkpoint_is_kept(tiny_models: Any, tiny_pairs: Any, tmp_path
 
 
 def adapter_weights(folder: Path) -> dict[str, torch.Tensor]:
-    from safetensors.torch import load_file
-
     return load_file(folder / "adapter_model.safetensors")
 
 
@@ -404,14 +272,17 @@ def test_parts_of_a_sum_are_logged(tiny_models: Any, tiny_pairs: Any, tmp_path: 
     assert -6 <= short < 0
 
 
-def test_a_reward_model_scores(tiny_models: Any, tiny_pairs: Any, tmp_path: Path) -> None:
+def test_a_reward_model_scores(trainer_of: Any, tiny_models: Any, tiny_pairs: Any, tmp_path: Path) -> None:
     judge = tiny.train(
         tiny.recipe(tiny_models, tiny_pairs, tmp_path / "judge", method="reward", training={"max_steps": 2})
     )
-    loss = {"rewards": str(judge / "model")}
-    folder = tiny.train(recipe(tiny_models, tiny_pairs, tmp_path / "o", loss=loss, **ADAMW))
-    assert len({line["reward"] for line in steps(folder)}) >= 1
-    assert all(line["reward"] != 0 for line in steps(folder))
+    trainer = trainer_of(method="ppo", loss={**LOSS, "rewards": str(judge / "model")}, **ADAMW)
+    rows = [trainer.train_dataset[place] for place in range(5)]
+    judged = trainer.maker.judge(rows, range(5))
+    texts = [response.text for response in judged.responses]
+    expected = load_reward(str(judge / "model"))([row["prompt"] for row in rows], texts)
+    assert judged.scores.tolist() == pytest.approx(expected, rel=1e-5)
+    assert len(set(expected)) == 5
 
 
 def test_a_reward_is_asked_outside_of_autocast(
