@@ -187,6 +187,13 @@ def _regularisers(recipe: Recipe) -> Iterator[Problem]:
                     "goes with variant D, whose mask is chosen by Fisher information; F draws its masks",
                     also=(("optimizer", "child_tuning", "variant"),),
                 )
+    elif recipe.adapter is not None:
+        yield Problem(
+            ("optimizer", "child_tuning", "variant"),
+            "must be F with a fresh adapter: one of its two factors starts at 0, so that the other has no "
+            "gradient yet and D would never train it",
+            also=(("adapter",),),
+        )
     elif child.data is None and (recipe.data.streaming or recipe.method in ("grpo", "rloo")):
         what = "data.streaming is read once" if recipe.data.streaming else f"method {recipe.method} samples"
         yield Problem(

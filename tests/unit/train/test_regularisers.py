@@ -317,6 +317,11 @@ def test_memory_and_card_name_what_is_there(
             {"data": {"streaming": True}},
             r"optimizer\.child_tuning\.data is missing: data\.streaming is read once",
         ),
+        (
+            {"child_tuning": {"variant": "D"}},
+            {"adapter": {"r": 2}},
+            r"optimizer\.child_tuning\.variant must be F with a fresh adapter",
+        ),
         ({"projection": {}}, {}, r"optimizer\.projection\.data is missing"),
         ({"projection": {"data": "./nowhere.jsonl"}}, {}, r"optimizer\.projection\.data\.0.*not exist"),
         (
