@@ -133,6 +133,8 @@ def load_model(model: ModelFolder, settings: dict[str, Any], *, trainable: bool)
         if model.base is not None:
             return _load_adapter(model, model.base, arguments, trainable=trainable)
         return AutoModelForCausalLM.from_pretrained(model.folder, **arguments)
+    except UserError:
+        raise
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise UserError(
             f"{model.label!r} cannot be loaded as a causal language model: {first_line(error)}"
@@ -153,8 +155,15 @@ def _load_adapter(
             model.resize_token_embeddings(tokens)
     config = PeftConfig.from_pretrained(adapter.folder)
     config.base_model_name_or_path = model.name_or_path  # PEFT warns of any other than was in the adapter
-    adapted = PeftModelForCausalLM.from_pretrained(
-        model, adapter.folder, is_trainable=trainable, config=config
-    )
+    try:
+        adapted = PeftModelForCausalLM.from_pretrained(
+            model, adapter.folder, is_trainable=trainable, config=config
+        )
+    except (RuntimeError, ValueError) as error:  # tensors of other shapes; modules that are not there
+        said = str(error).strip().splitlines()[:2][-1].strip(" \t.")  # torch's first line is a heading
+        raise UserError(
+            f"the adapter {adapter.label!r} does not fit the model {base.label!r} ({said}); give the model "
+            "it stands on as base"
+        ) from error
     adapted.peft_config["default"].base_model_name_or_path = base.name
     return adapted

@@ -359,6 +359,19 @@ def test_the_recipe_s_base_stands_in_for_a_model_that_was_moved(
     assert saved["base_model_name_or_path"] == str(tiny_models[1])
 
 
+def test_a_base_of_another_shape_is_refused(
+    sft_adapter: Path, tiny_models: Any, tiny_pairs: Any, tmp_path: Path
+) -> None:
+    tiny.model(0, hidden_size=48).save_pretrained(tmp_path / "wide")
+    values = merging_values(tiny_models, tiny_pairs, sft_adapter, tmp_path / "o", base=str(tmp_path / "wide"))
+    sentence = (
+        r"the adapter .* does not fit the model .*wide' \(.*size mismatch for .*lora_A.*give the model it"
+    )
+    with pytest.raises(UserError, match=sentence):
+        tiny.train(values)
+    assert not (tmp_path / "o").exists()
+
+
 def test_a_delta_written_by_itself_is_the_same(
     sft_adapter: Path, tiny_models: Any, tiny_pairs: Any, tmp_path: Path
 ) -> None:
