@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from trimtab.errors import IncompatibleState
+from trimtab.recipe.losses import GRPOLoss, RLOOLoss
 from trimtab.recipe.recipe import Recipe
 from trimtab.yaml_file import Key, dotted, spelled
 
@@ -76,7 +77,7 @@ def recipe_differences(before: Recipe, after: Recipe) -> list[Difference]:
     """
     old, new = _leaves(before.resolved()), _leaves(after.resolved())
     return [
-        Difference(dotted(key), old.get(key), new.get(key), _may_differ(key))
+        Difference(dotted(key), old.get(key), new.get(key), _may_differ(key, after))
         for key in sorted({*old, *new}, key=dotted)
         if old.get(key) != new.get(key)
     ]
@@ -98,7 +99,10 @@ def refuse_differences(before: Recipe, after: Recipe) -> None:
         )
 
 
-def _may_differ(key: Key) -> bool:
+def _may_differ(key: Key, recipe: Recipe) -> bool:
+    draws_while_measuring = isinstance(recipe.loss, GRPOLoss | RLOOLoss)  # from the training's random numbers
+    if draws_while_measuring and key == ("training", "per_device_eval_batch_size"):
+        return False
     return any(key[: len(allowed)] == allowed for allowed in MAY_DIFFER)
 
 

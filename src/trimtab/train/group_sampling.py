@@ -6,6 +6,7 @@ micro-batches. This is what has to be said and kept around it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,9 @@ class GroupSampling:
                 f"the policy's probabilities are not finite at step {self.state.global_step + 1}, answering "
                 f"{named(map(shortened, texts))}; its weights or these rows are broken"
             ) from error
+        divergence = self._metrics["train" if self.model.training else "eval"]["kl"][-1:]
+        if not all(map(math.isfinite, divergence)):  # RLOO would take such answers for worth nothing
+            raise UserError(self._not_finite("divergence from the reference", divergence[0], [made]))
         return made
 
     def _tokenize_prompts(self, prompts: list[Any]) -> tuple[list[list[int]], None, dict[str, Any]]:

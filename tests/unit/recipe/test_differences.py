@@ -58,3 +58,20 @@ def test_the_evaluation_cadence_is_kept():
     held_out = changed(DPO, {"data.eval": "org/held-out"})
     before, after = make_recipe(held_out), make_recipe(changed(held_out, {"evaluation.every": 5}))
     assert [(d.key, d.allowed) for d in recipe_differences(before, after)] == [("evaluation.every", False)]
+
+
+@pytest.mark.parametrize(
+    ("method", "allowed"), [("grpo", False), ("rloo", False), ("ppo", True), ("dpo", True)]
+)
+def test_batches_of_measuring_matter_where_answers_are_drawn_in_them(method, allowed):
+    loss = {} if method == "dpo" else {"rewards": "operator:concat"}
+    values = {
+        "method": method,
+        "model": "org/sft",
+        "data": {"train": "org/rows"},
+        "output": "out",
+        "loss": loss,
+    }
+    other = {**values, "training": {"per_device_eval_batch_size": 16}}
+    (difference,) = recipe_differences(make_recipe(values), make_recipe(other))
+    assert difference.allowed is allowed

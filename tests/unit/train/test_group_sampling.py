@@ -19,7 +19,7 @@ from trimtab import UserError
 from trimtab.recipe import make_recipe
 from trimtab.train import config_class
 from trimtab.train.checkpoints import checkpoint_folders
-from trimtab.train.estimate import count_steps
+from trimtab.train.estimate import count_steps, measure
 from trimtab.train.grpo import make_trainer
 from trimtab.train.parts import gather_parts
 from trimtab.train.terminal import plain_libraries
@@ -316,6 +316,18 @@ def test_steps_are_counted_as_the_trainer_counts_them(
     loader = trainer.get_train_dataloader()
     expected = trainer.set_initial_training_values(trainer.args, loader)[-1]
     assert count_steps(8, trainer.args) == expected > 0
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+def test_the_estimate_counts_the_models_that_are_loaded(beta: float, values: Any, tiny_models: Any) -> None:
+    rewards = [{"likelihood": str(tiny_models[0])}, f"{RULES}:letters"]
+    made = values(method="rloo", loss={"rewards": rewards, "beta": beta}, optimizer=tiny.ADAMW, base=None)
+    size = measure(gather_parts(make_recipe(made, config_class=config_class), resumes=False))
+    one = 4 * size.parameters
+    expected = {"reward models": one, **({"reference model": one} if beta else {})}
+    assert {name: count for name, count in size.memory.items() if name.endswith(" model")} | {
+        "reward models": size.memory["reward models"]
+    } == expected
 
 
 @pytest.mark.parametrize(

@@ -87,6 +87,30 @@ def test_rows_without_a_finite_loss_are_named(name: str, poisoned: Path, tmp_pat
         assert str(kept) in said
 
 
+@pytest.mark.parametrize(
+    ("method", "what"), [("grpo", "the loss is nan"), ("rloo", "the divergence from the reference is nan")]
+)
+def test_a_reference_without_numbers_is_told_by_the_row(
+    method: str, what: str, poisoned: Path, tiny_models: Any, tmp_path: Path
+) -> None:
+    file = tiny.write_rows(tmp_path / "rows.jsonl", rows_of("pairs"))
+    values = tiny.recipe(
+        (tiny_models[0], poisoned),
+        (file, file),
+        tmp_path / "run",
+        method=method,
+        model=str(tiny_models[0]),
+        loss=GROUPS,
+        optimizer=tiny.ADAMW,
+        base=None,
+        evaluation={"at_start": False},
+        training={"max_steps": 20, "per_device_train_batch_size": 2},
+    )
+    values["data"] = {"train": str(file), "max_length": 64}
+    with pytest.raises(UserError, match=rf"{what} at step \d+ .* on the rows '{BAD}', so training stopped"):
+        tiny.train(values)
+
+
 def test_a_gradient_that_is_not_finite_names_the_step_s_rows(
     tiny_models: Any, tiny_pairs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -111,6 +135,14 @@ def test_a_gradient_that_is_not_finite_names_the_step_s_rows(
     named = str(caught.value).partition(" on the rows ")[2].partition(", so training")[0].split(", ")
     assert len(named) == 3
     assert {text.strip("'") for text in named} <= asked
+
+
+def test_responses_are_named_by_their_prompts() -> None:
+    tokenizer = tiny.tokenizer()
+    ids = torch.tensor([tokenizer(text)["input_ids"] for text in ("abcXY", "abZZZ")])
+    assert excerpts({"input_ids": ids, "starts": torch.tensor([3, 2])}, tokenizer) == ["abc", "ab"]
+    masks = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+    assert excerpts({"prompt_ids": ids, "prompt_mask": masks}, tokenizer) == ["cXY", "abZZZ"]
 
 
 def test_packed_rows_are_told_apart() -> None:
