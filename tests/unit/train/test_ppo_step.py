@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from typing import Any
 
@@ -136,3 +137,50 @@ def test_every_prompt_has_its_turn(trainer_of: Any) -> None:
         for epoch in (0, 1)
     ]
     assert seen == [list(range(10))] * 2
+
+
+def test_a_training_is_the_oracle_s(trainer_of: Any, in_float64: Any, tiny_models: Any) -> None:
+    """Two rollouts of two epochs, each step from two micro-batches, with AdamW: the weights they end with."""
+    loss = {**LOSS, **STEP, "epochs": 2}
+    training = {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 2, "max_steps": 4}
+    trainer = trainer_of(
+        method="ppo",
+        loss=loss,
+        training={**training, "max_grad_norm": 0, "save_strategy": "no"},
+        evaluation={"at_start": False},
+        schedule={"lr": {"type": "constant"}},
+        **ADAMW,
+    )
+    trainer.model.double()
+    trainer.maker.reference.double()
+    move(trainer.model, 0, 0.05)
+    policy, reference = copy.deepcopy(trainer.model), in_float64(tiny_models[1])
+    rollouts = []
+    make = trainer.maker.make
+    trainer.maker.make = lambda *given: rollouts.append(make(*given)) or rollouts[-1]
+    trainer.train()
+
+    head = [parameter for name, parameter in policy.named_parameters() if "value_head" in name]
+    others = [parameter for name, parameter in policy.named_parameters() if "value_head" not in name]
+    groups = [{"params": others, "lr": 1e-3}, {"params": head, "lr": 1e-4}]
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+    assert len(rollouts) == 2
+    for rollout in rollouts:
+        texts = [
+            trainer.processing_class.decode(ids, skip_special_tokens=True) for ids in rollout.response_ids
+        ]
+        scores = tiny.share_of_small([], texts, None)
+        rows = zip(rollout.prompt_ids, rollout.response_ids, scores, strict=True)
+        episodes = [oracle.Episode(*row) for row in rows]
+        ends = (policy.value_head.weight[0], policy.value_head.bias[0])
+        with torch.no_grad():
+            found = [oracle.token_terms(policy, ends, episode, 1.0) for episode in episodes]
+        old = [(logps.tolist(), values.tolist()) for logps, values in found]
+        for _ in range(2):
+            ends = (policy.value_head.weight[0], policy.value_head.bias[0])
+            whole = oracle.step(policy, ends, old, reference, episodes, beta=0.3, temperature=1.0, **STEP)
+            optimizer.zero_grad()
+            whole.backward()
+            optimizer.step()
+    for (name, ours), theirs in zip(trainer.model.named_parameters(), policy.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=1e-9, msg=name)
