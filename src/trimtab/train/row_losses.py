@@ -40,21 +40,26 @@ def read_answers(recipe: Recipe, source: Source, count: int, tokenizer: Any, key
     data = Data(train=(first,), max_length=recipe.data.max_length)
     try:
         found = load_data(data, method="sft", part="train", tokenizer=tokenizer, seed=recipe.seed)
+        encoded = [_encoded(row, tokenizer) for row in found.dataset]
     except UserError as error:
         raise UserError(f"{key}: {error}") from error
     (report,) = found.report.sources
     said = "".join(f", {number} left out ({reason})" for reason, number in report.reasons().items())
     say(f"{key}: {report.kept} of the first {report.read} rows of {first.path} are used{said}")
-    return [_encoded(row, tokenizer, key) for row in found.dataset]
+    return encoded
 
 
-def _encoded(row: dict[str, Any], tokenizer: Any, key: str) -> dict[str, Any]:
+def _encoded(row: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
     if "messages" in row:
-        prompt, answer = row["messages"][:-1], row["messages"][-1:]
+        messages = row["messages"]
+        last = max((i for i, one in enumerate(messages) if one["role"] == "assistant"), default=0)
+        prompt, answer = messages[:last], messages[last : last + 1]
     elif "completion" in row:
         prompt, answer = row["prompt"], row["completion"]
     else:
-        raise UserError(f"{key} holds plain text; give prompts and their answers (messages, or completion)")
+        raise UserError("these rows are plain text; give prompts and their answers (messages, or completion)")
+    if not prompt:
+        raise UserError(f"a row has no prompt before its answer, {answer!r}; leave it out")
     return {**encode_ranked(tokenizer, prompt, [answer]), "scores": [0.0]}
 
 

@@ -17,7 +17,9 @@ from tests.oracle import losses, regularisers
 from trimtab import UserError
 from trimtab.optim import FisherChildTuning, GradientProjection
 from trimtab.optim.regulariser import attached
+from trimtab.recipe import Source, make_recipe
 from trimtab.train.checkpoints import checkpoint_folders, last_complete
+from trimtab.train.row_losses import read_answers
 
 pytestmark = pytest.mark.xdist_group("train")  # one worker: what costs is importing TRL
 
@@ -286,7 +288,6 @@ def test_the_kl_penalty_is_dpo_s_beta(
 def test_memory_and_card_name_what_is_there(
     tiny_models: Any, tiny_pairs: Any, tmp_path: Path, capsys: Any
 ) -> None:
-    from trimtab.recipe import make_recipe
     from trimtab.train import config_class, run
 
     regulariser = {"ema": {}, "elastic_reset": {}, "pull": {}}
@@ -359,10 +360,35 @@ def test_what_cannot_be_meant_is_refused(
     assert not (tmp_path / "o").exists()
 
 
-def test_plain_text_is_no_capability_row(tiny_models: Any, tiny_pairs: Any, tmp_path: Path) -> None:
-    text = tiny.write_rows(tmp_path / "text.jsonl", [{"text": "only words"}])
-    values = tiny.recipe(
-        tiny_models, tiny_pairs, tmp_path / "o", **sections(tiny.ADAMW, projection={"data": str(text)})
-    )
-    with pytest.raises(UserError, match=r"optimizer\.projection\.data\.0 holds plain text; give prompts and"):
-        tiny.train(values)
+USER = {"role": "user", "content": "say b"}
+ANSWER = {"role": "assistant", "content": "b"}
+
+
+def read(rows: list[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
+    path = tiny.write_rows(folder / "rows.jsonl", rows)
+    values = {"method": "dpo", "reference": "org/sft", "data": {"train": "org/pairs"}, "output": "runs/a"}
+    return read_answers(make_recipe(values), Source(path=str(path)), 8, tiny.tokenizer(), "here")
+
+
+def test_of_a_conversation_the_last_answer_counts(tmp_path: Path) -> None:
+    first, second = [USER, ANSWER], [USER, ANSWER, USER, {**ANSWER, "content": "c"}]
+    rows = read([{"messages": first}, {"messages": second}], tmp_path)
+    tokenizer = tiny.tokenizer()
+    for row, messages in zip(rows, (first, second), strict=True):
+        (answer,) = row["response_ids"]
+        whole = tokenizer.apply_chat_template(messages, return_dict=False)
+        assert row["prompt_ids"] + answer == whole
+        assert tokenizer.decode(answer, skip_special_tokens=True) == messages[-1]["content"]
+
+
+@pytest.mark.parametrize(
+    ("row", "sentence"),
+    [
+        ({"text": "only words"}, "here: these rows are plain text; give prompts and their answers"),
+        ({"messages": [ANSWER]}, "here: "),
+        ({"messages": [USER]}, "here: "),
+    ],
+)
+def test_what_is_no_answer_to_a_prompt_is_refused(row: dict[str, Any], sentence: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=sentence):
+        read([row], tmp_path)
