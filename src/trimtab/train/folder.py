@@ -34,6 +34,7 @@ _PACKAGES = (
     "datasets",
     "safetensors",
     "numpy",
+    "torchao",
 )
 
 
