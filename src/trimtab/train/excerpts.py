@@ -43,16 +43,11 @@ def excerpts(batch: Mapping[str, torch.Tensor], tokenizer: Any) -> list[str]:
     found = []
     for tokens, is_prompt in _rows(batch):
         text = tokenizer.decode(tokens, skip_special_tokens=True) or tokenizer.decode(tokens)
-        found.append(shortened(text, end=is_prompt))
+        text = " ".join(text.split())
+        if len(text) > LONGEST:
+            text = f"…{text[-LONGEST:]}" if is_prompt else f"{text[:LONGEST]}…"
+        found.append(text)
     return list(dict.fromkeys(found))
-
-
-def shortened(text: str, *, end: bool = True) -> str:
-    """Return a text in one line, and of a long one only its end, or else its beginning."""
-    text = " ".join(text.split())
-    if len(text) <= LONGEST:
-        return text
-    return f"…{text[-LONGEST:]}" if end else f"{text[:LONGEST]}…"
 
 
 def named(found: Iterable[str]) -> str:

@@ -68,6 +68,8 @@ def group_fields(recipe: Recipe) -> dict[str, Any]:
     assert isinstance(loss, GRPOLoss | RLOOLoss)
     fields = loss.model_dump(exclude={"rewards", "max_new_tokens", "type"})
     fields["max_completion_length"] = loss.max_new_tokens
+    # A logit that is no number becomes 0, so that the loss tells of it and not an assertion of the GPU.
+    fields["generation_kwargs"] = {"remove_invalid_values": True}
     if isinstance(loss, GRPOLoss):
         fields["loss_type"] = loss.type
         fields["use_bias_correction_kl"] = recipe.training.get("use_bias_correction_kl", False)

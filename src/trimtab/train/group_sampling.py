@@ -20,7 +20,6 @@ from trimtab.data.prompts import other_columns
 from trimtab.errors import UserError
 from trimtab.recipe import SampledLoss
 from trimtab.rewards import Reward, load_rewards
-from trimtab.train.excerpts import named, shortened
 from trimtab.train.models import load_model
 from trimtab.train.parts import Parts
 from trimtab.train.reference import load_reference
@@ -62,16 +61,7 @@ class GroupSampling:
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         self._prompt_ids = [list(row["prompt_ids"]) for row in inputs]
-        try:
-            made: dict[str, Any] = super()._generate_and_score_completions(inputs)  # type: ignore[misc]
-        except RuntimeError as error:
-            if "probability tensor" not in str(error):
-                raise
-            texts = [self.processing_class.decode(ids, skip_special_tokens=True) for ids in self._prompt_ids]
-            raise UserError(
-                f"the policy's probabilities are not finite at step {self.state.global_step + 1}, answering "
-                f"{named(map(shortened, texts))}; its weights or these rows are broken"
-            ) from error
+        made: dict[str, Any] = super()._generate_and_score_completions(inputs)  # type: ignore[misc]
         divergence = self._metrics["train" if self.model.training else "eval"]["kl"][-1:]
         if not all(map(math.isfinite, divergence)):  # RLOO would take such answers for worth nothing
             raise UserError(self._not_finite("divergence from the reference", divergence[0], [made]))
