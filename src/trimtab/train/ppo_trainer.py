@@ -98,7 +98,7 @@ class PPOTrainer(Trainer):
             settings=settings,
             seed=self.args.seed,
             batch_size=self.args.per_device_train_batch_size,
-            reading=self.compute_loss_context_manager,
+            reading=self.accelerator.autocast,  # of the reference too, which accelerate does not prepare
             total=self._total,
         )
         self.rollout: Rollout | None = None

@@ -296,8 +296,10 @@ def test_a_reward_is_asked_outside_of_autocast(
 
     monkeypatch.setattr(tiny, "share_of_small", rule)
     training = {"max_steps": 1, "bf16": True}
-    tiny.train(recipe(tiny_models, tiny_pairs, tmp_path / "o", training=training, **ADAMW))
+    folder = tiny.train(recipe(tiny_models, tiny_pairs, tmp_path / "o", training=training, **ADAMW))
     assert set(seen) == {(False, False)}
+    assert steps(folder)[0]["kl"] == pytest.approx(0, abs=1e-6), "policy and reference are read alike"
+    assert steps(folder)[0]["ratio"] == pytest.approx(1, abs=1e-6)
 
 
 def test_a_score_that_is_not_finite_is_refused(tiny_models: Any, tiny_pairs: Any, tmp_path: Path) -> None:
