@@ -106,15 +106,22 @@ class Recipe(Section):
     def resolved(self) -> dict[str, Any]:
         """Return the recipe as plain values with every default spelled out; reading it gives an equal recipe.
 
-        Merging settings that do not apply (all of them, for AdamW) are left out rather than written as null.
+        Merging settings that do not apply (all of them, for AdamW) are left out rather than written as null,
+        as is what a source of rewards is not.
         """
         values = self.model_dump(mode="json")
         optimizer = values["optimizer"]
-        values["optimizer"] = {key: value for key, value in optimizer.items() if value is not None}
-        values["optimizer"]["groups"] = [
-            {key: value for key, value in group.items() if value is not None} for group in optimizer["groups"]
-        ]
+        values["optimizer"] = {
+            **_given(optimizer),
+            "groups": [_given(group) for group in optimizer["groups"]],
+        }
+        if "rewards" in values["loss"]:
+            values["loss"]["rewards"] = [_given(source) for source in values["loss"]["rewards"]]
         return values
+
+
+def _given(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if value is not None}
 
 
 class SFTRecipe(Recipe):

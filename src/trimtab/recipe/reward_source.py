@@ -57,6 +57,8 @@ class RewardSource(Section):
 
 
 def _as_list(value: Any) -> Any:
+    if value is None:
+        return ()
     return tuple(value) if isinstance(value, list | tuple) else (value,)
 
 

@@ -318,6 +318,15 @@ def test_steps_are_counted_as_the_trainer_counts_them(
     assert count_steps(8, trainer.args) == expected > 0
 
 
+def test_a_resolved_recipe_says_what_the_rewards_are(values: Any) -> None:
+    recipe = make_recipe(values(method="rloo"))
+    assert recipe.resolved()["loss"]["rewards"] == [
+        {"rule": f"{RULES}:letters", "weight": 1.0},
+        {"rule": f"{RULES}:shared", "weight": 0.5},
+    ]
+    assert make_recipe(recipe.resolved()) == recipe
+
+
 @pytest.mark.parametrize("beta", [0.0, 0.1])
 def test_the_estimate_counts_the_models_that_are_loaded(beta: float, values: Any, tiny_models: Any) -> None:
     rewards = [{"likelihood": str(tiny_models[0])}, f"{RULES}:letters"]
@@ -360,6 +369,7 @@ def test_the_estimate_counts_the_models_that_are_loaded(beta: float, values: Any
             r"leaves no room for a prompt; it must be below data\.max_length, 64",
         ),
         ({"loss": {"rewards": []}}, r"loss\.rewards must not be empty"),
+        ({"loss": {"rewards": None}}, r"loss\.rewards must not be empty"),
         ({"loss": {"rewards": "tests.unit.train.rules:nothing"}}, "cannot be imported"),
         ({"loss": {"rewards": {"model": "./nowhere"}}}, r"loss\.rewards.*nowhere.*does not exist"),
         ({"data": {"streaming": True}}, "not supported for method grpo"),
