@@ -8,6 +8,13 @@ from trimtab.recipe.losses import DPOLoss, KTOLoss, PPOLoss, RewardLoss, RRHFLos
 from trimtab.recipe.recipe import Recipe
 from trimtab.yaml_file import Problem
 
+NOT_FOR_PPO = {
+    "torch_compile": "is not supported for method ppo, which reads hidden states inside of the model",
+    "ddp_find_unused_parameters": "must be false for method ppo: its value head stands behind the model",
+    "neftune_noise_alpha": "is not for method ppo: a response would have other probabilities at each reading",
+}
+"""Fields of the training section that PPO cannot honour, and why."""
+
 
 def loss_problems(recipe: Recipe) -> Iterator[Problem]:
     """Yield what does not fit together in a recipe's loss, data, training and evaluation."""
@@ -119,7 +126,7 @@ def _sampled_responses(recipe: Recipe, loss: SampledLoss) -> Iterator[Problem]:
 
 
 def _policy_optimization(recipe: Recipe, loss: PPOLoss) -> Iterator[Problem]:
-    """The order of the prompts is PPO's own, a coefficient of 0 cannot be adapted, and values are learned."""
+    """A coefficient of 0 cannot be adapted, and the value head must be reached, by gradients and by masks."""
     child = recipe.optimizer.child_tuning
     if child is not None and child.variant == "D":
         yield Problem(
@@ -133,6 +140,9 @@ def _policy_optimization(recipe: Recipe, loss: PPOLoss) -> Iterator[Problem]:
             "cannot be reached from a beta of 0, which stays 0; start above it",
             also=(("loss", "beta"),),
         )
+    for name, why in NOT_FOR_PPO.items():
+        if recipe.training.get(name):
+            yield Problem(("training", name), why)
 
 
 def _number(value: object) -> float | None:

@@ -340,6 +340,9 @@ def test_a_dry_run_counts_steps_and_memory(
         ({"loss": {"rewards": "tests.tiny:nothing"}}, r"loss\.rewards.*nothing"),
         ({"data": {"streaming": True}}, r"data\.streaming is not supported for method ppo"),
         ({"training": {"dataloader_drop_last": True}}, r"dataloader_drop_last has no effect with method ppo"),
+        ({"training": {"torch_compile": True}}, r"torch_compile is not supported for method ppo"),
+        ({"training": {"ddp_find_unused_parameters": True}}, r"must be false for method ppo: its value head"),
+        ({"training": {"neftune_noise_alpha": 5}}, r"neftune_noise_alpha is not for method ppo"),
         ({"training": {"load_best_model_at_end": True}}, r"training\.metric_for_best_model is missing"),
         (
             {"optimizer": {"child_tuning": {"variant": "D"}}},
