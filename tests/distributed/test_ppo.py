@@ -53,6 +53,9 @@ def runs(tiny_models: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     whole = recipe(tiny_models, folder, "two", batch=2, accumulated=2)
     (folder / "ppo.json").write_text(json.dumps(whole))
     (folder / "ppo_resumed.json").write_text(json.dumps({**whole, "output": str(folder / "two-resumed")}))
+    several = recipe(tiny_models, folder, "several", batch=1)
+    several["loss"] |= {"minibatches": 2, "epochs": 2}
+    (folder / "several.json").write_text(json.dumps(several))
     root = Path(__file__).parents[2]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (root, root / "src")))}
     environment |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -80,6 +83,14 @@ def test_two_processes_do_what_one_does(runs: Path, tiny_models: Any) -> None:
     trained = [tiny.weights(run / "model") for run in (one, runs / "two")]
     for name, tensor in trained[0].items():
         torch.testing.assert_close(trained[1][name], tensor, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_several_minibatches_leave_the_processes_together(runs: Path) -> None:
+    first, second = (torch.load(runs / f"several.{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert len(first["gradients"]) == 7
+    assert_same(first, second, "several")
+    steps = [line for line in logged(runs / "several") if "loss" in line]
+    assert len({line["reward"] for line in steps}) == 2, "two rollouts of four steps, the last cut off"
 
 
 def test_the_processes_end_the_same_and_resume_within_a_rollout(runs: Path) -> None:
