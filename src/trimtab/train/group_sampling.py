@@ -62,7 +62,7 @@ class GroupSampling:
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         self._prompt_ids = [list(row["prompt_ids"]) for row in inputs]
         made: dict[str, Any] = super()._generate_and_score_completions(inputs)  # type: ignore[misc]
-        divergence = self._metrics["train" if self.model.training else "eval"]["kl"][-1:]
+        divergence = self._metrics["train" if self.model.training else "eval"].get("kl", [])[-1:]
         if not all(map(math.isfinite, divergence)):  # RLOO would take such answers for worth nothing
             raise UserError(self._not_finite("divergence from the reference", divergence[0], [made]))
         return made

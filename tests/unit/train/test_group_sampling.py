@@ -230,6 +230,14 @@ def test_a_run_with_every_optimizer(
     assert_same(tiny.weights(tiny_models[1]), before, "reference")
 
 
+@pytest.mark.parametrize("method", ["grpo", "rloo"])
+def test_without_a_penalty_there_is_no_divergence_to_log(method: str, values: Any) -> None:
+    folder = tiny.train(values(method=method, loss={"beta": 0}, training={"max_steps": 2}))
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert sum("reward" in line for line in lines) == 2
+    assert not any("kl" in line or "eval_kl" in line for line in lines)
+
+
 def test_the_reference_is_the_recipe_s_and_stays(trainer_of: Any, tiny_models: Any, prompts: Any) -> None:
     trainer = trainer_of(
         prompts,
