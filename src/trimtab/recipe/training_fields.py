@@ -204,6 +204,8 @@ def _taken(value: Any, option: Any) -> tuple[bool, Any]:
         return value in get_args(option), value
     if get_origin(option) is list or option is list:
         return _taken_list(value, get_args(option))
+    if get_origin(option) is tuple:
+        return _taken_tuple(value, get_args(option))
     if option is type(None):
         return value is None, None
     plain = get_origin(option) or option
@@ -225,6 +227,14 @@ def _as_number_kept(value: Any) -> int | float:
     return value if isinstance(value, int) else number
 
 
+def _taken_tuple(value: Any, items: tuple[Any, ...]) -> tuple[bool, Any]:
+    """As many values as there are types; they stay a list, as YAML writes and reads it."""
+    if not isinstance(value, list | tuple) or len(value) != len(items):
+        return False, None
+    taken = [_taken(item, kind) for item, kind in zip(value, items, strict=True)]
+    return all(ok for ok, _ in taken), [item for _, item in taken]
+
+
 def _spoken(option: Any) -> str:
     names: dict[Any, str] = {
         bool: "true or false",
@@ -236,6 +246,8 @@ def _spoken(option: Any) -> str:
         type(None): "null",
     }
     kind = get_origin(option) or option
+    if kind is tuple:
+        return f"a list of {len(get_args(option))}"
     if kind is Literal:
         return " or ".join(spelled(word) for word in get_args(option))
     return names.get(kind) or str(getattr(kind, "__name__", kind))

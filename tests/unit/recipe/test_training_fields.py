@@ -110,6 +110,16 @@ def test_values_are_refused(name, value, message):
     assert str(caught.value) == f"recipe: {message}" or str(caught.value).startswith(f"recipe: {message}")
 
 
+def test_a_pair_of_numbers_is_a_list():
+    rloo = pytest.importorskip("trl").RLOOConfig
+    assert cast_training_arguments({"reward_clip_range": ["-1e0", 2]}, rloo) == {
+        "reward_clip_range": [-1.0, 2]
+    }
+    for wrong in ([1], "1,2", [1, "x"]):
+        with pytest.raises(UserError, match="reward_clip_range must be a list of 2 or null"):
+            cast_training_arguments({"reward_clip_range": wrong}, rloo)
+
+
 def test_all_wrong_fields_are_named():
     with pytest.raises(UserError, match="4 problems"):
         cast_training_arguments({"max_stps": 1, "flag": 5, "learning_rate": 1, "local_rank": 2}, Config)
