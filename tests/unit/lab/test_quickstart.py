@@ -12,8 +12,10 @@ import pytest
 import torch
 from rich.console import Console
 
+from trimtab import optim
 from trimtab.errors import UserError
 from trimtab.lab import methods, quickstart, story
+from trimtab.lab.dpo import tune
 from trimtab.lab.measure import measure
 from trimtab.lab.methods import ADAMW, AVERAGE, EMA, ONDARE, ONTIES, REPEAT, Plan
 from trimtab.report.verdict import headline
@@ -94,6 +96,18 @@ def test_an_average_a_quarter_of_the_way():
     triples = zip(mixed.parameters(), start.base.parameters(), start.sft.parameters(), strict=True)
     for target, base, sft in triples:
         torch.testing.assert_close(target, 0.75 * base + 0.25 * sft)
+
+
+def test_the_public_average_is_the_quickstart_s_to_the_bit():
+    start = methods.prepare(1)
+    model, average = copy.deepcopy(start.sft), copy.deepcopy(start.sft)
+    optimizer = methods.build_optimizer(ADAMW, model, start.delta, SHORT)
+    ema = optim.EMA(optimizer, SHORT.ema)
+    for _ in tune(model, optimizer, start.pairs, start.reference_logps, steps=3, beta=SHORT.beta, seed=1):
+        methods.interpolate(average, average, model, SHORT.ema)
+    with ema.swapped_in():
+        assert weights_hash(model) == weights_hash(average)
+    assert weights_hash(model) != weights_hash(average)
 
 
 @pytest.mark.parametrize("seeds", [[3], [0, -1], []])
