@@ -67,6 +67,7 @@ def group_fields(recipe: Recipe) -> dict[str, Any]:
     loss = recipe.loss
     assert isinstance(loss, GRPOLoss | RLOOLoss)
     fields = loss.model_dump(exclude={"rewards", "max_new_tokens", "type"})
+    fields["reward_weights"] = [source.weight for source in loss.rewards]
     fields["max_completion_length"] = loss.max_new_tokens
     # A logit that is no number becomes 0, so that the loss tells of it and not an assertion of the GPU.
     fields["generation_kwargs"] = {"remove_invalid_values": True}

@@ -81,9 +81,8 @@ class GroupSampling:
         super()._save_checkpoint(model, trial)  # type: ignore[misc]
         border = self._step % (self.args.steps_per_generation * self.num_iterations) == 0
         kept = {"step": self._step, "generation": None if border else self._buffered_inputs}
-        torch.save(
-            kept, self._responses_file(Path(self.args.output_dir, f"checkpoint-{self.state.global_step}"))
-        )
+        checkpoint = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
+        torch.save(kept, self._responses_file(checkpoint))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
@@ -153,11 +152,9 @@ def group_trainer_arguments(parts: Parts) -> dict[str, Any]:
         device=parts.arguments.device,
         batch_size=parts.arguments.per_device_train_batch_size,
     )
-    arguments = trainer_arguments(parts)
-    arguments["args"].reward_weights = list(rewards.weights)
     return {
         "reference": load_reference(parts) if loss.beta else None,
         "model": load_model(parts.policy, parts.model_settings, trainable=True),
         "reward_funcs": [RewardFunction(part) for part in rewards.parts],
-        **arguments,
+        **trainer_arguments(parts),
     }
