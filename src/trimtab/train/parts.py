@@ -10,11 +10,11 @@ from trimtab.data import PreparedData, load_data
 from trimtab.delta import ReferenceDelta
 from trimtab.errors import UserError
 from trimtab.recipe import Recipe, SampledLoss
-from trimtab.rewards import find_rewards
 from trimtab.rewards.ranked_batches import encode_ranked
 from trimtab.train.arguments import training_arguments
 from trimtab.train.models import ModelFolder, find_model, load_delta, load_tokenizer, refuse_other_shape
 from trimtab.train.optimizers import OptimizerPlan
+from trimtab.train.prompt_checks import check_sampling
 from trimtab.train.regularisers import Regularisers
 from trimtab.train.terminal import is_first_process
 
@@ -82,9 +82,8 @@ def gather_parts(recipe: Recipe, *, resumes: bool) -> Parts:
         data = _load(recipe, "train", tokenizer)
         held_out = _load(recipe, "eval", tokenizer) if recipe.data.eval else None
         regularisers = Regularisers.from_recipe(recipe, tokenizer)
-    _require_enough_prompts(data, arguments)
     if isinstance(recipe.loss, SampledLoss):
-        find_rewards(recipe.loss.rewards, key="loss.rewards")
+        check_sampling(recipe.loss, arguments, policy, data, *([held_out] if held_out else []))
     delta = load_delta(recipe, policy)
     return Parts(
         recipe=recipe,
@@ -97,20 +96,6 @@ def gather_parts(recipe: Recipe, *, resumes: bool) -> Parts:
         held_out_data=held_out,
         plan=OptimizerPlan.from_recipe(recipe, delta, regularisers),
     )
-
-
-def _require_enough_prompts(data: PreparedData, arguments: Any) -> None:
-    """Refuse fewer prompts than one generation of GRPO or RLOO takes: TRL would train no step."""
-    generated = getattr(arguments, "generation_batch_size", 0)
-    if not generated:
-        return
-    needed, rows = generated // arguments.num_generations, data.report.rows or 0
-    if rows < needed:
-        raise UserError(
-            f"data.train has {rows:,} prompts and one generation takes {needed:,} ({generated:,} responses, "
-            f"{arguments.num_generations} to each); give more prompts, or lower "
-            "training.per_device_train_batch_size or training.gradient_accumulation_steps"
-        )
 
 
 def find_models(recipe: Recipe) -> tuple[ModelFolder, ModelFolder | None]:

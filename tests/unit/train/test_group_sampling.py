@@ -380,6 +380,10 @@ def test_the_estimate_counts_the_models_that_are_loaded(beta: float, values: Any
         ({"loss": {"rewards": None}}, r"loss\.rewards must not be empty"),
         ({"loss": {"rewards": "tests.unit.train.rules:nothing"}}, "cannot be imported"),
         ({"loss": {"rewards": {"model": "./nowhere"}}}, r"loss\.rewards.*nowhere.*does not exist"),
+        (
+            {"data": {"max_length": 512}, "loss": {"max_new_tokens": 250}},
+            r"prompt of data\.train has \d+ tokens, and with loss\.max_new_tokens 250 .* the 256 positions",
+        ),
         ({"data": {"streaming": True}}, "not supported for method grpo"),
     ],
     ids=lambda case: "" if isinstance(case, str) else str(case),
