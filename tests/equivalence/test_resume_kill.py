@@ -151,12 +151,14 @@ def test_a_run_killed_at_every_kind_of_moment_is_the_run_that_was_not(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["ipo", "kto", "reward", "rrhf", "ppo"])
+@pytest.mark.parametrize("method", ["ipo", "kto", "reward", "rrhf", "ppo", "grpo", "rloo"])
 def test_a_killed_run_of_another_method_is_the_run_that_was_not(
     method: str, tiny_models: Any, tiny_pairs: Any, tmp_path: Path
 ) -> None:
     training = {"max_steps": STEPS, "save_steps": 2, "save_total_limit": 3}
-    sampled = {"rewards": "tests.tiny:share_of_small", "max_new_tokens": 6, "epochs": 3, "kl_target": 0.1}
+    sampled = {"rewards": "tests.tiny:share_of_small", "max_new_tokens": 6}
+    groups = {**sampled, "num_generations": 2, "num_iterations": 3}  # saved inside a generation
+    losses = {"ppo": {**sampled, "epochs": 3, "kl_target": 0.1}, "grpo": groups, "rloo": groups}
     values = tiny.recipe(
         tiny_models,
         tiny_pairs,
@@ -164,7 +166,7 @@ def test_a_killed_run_of_another_method_is_the_run_that_was_not(
         method=method,
         training=training,
         evaluation={"every": 8},
-        **({"loss": sampled} if method == "ppo" else {}),
+        loss=losses.get(method),
     )
     expected = tiny.train(values)
     run = tmp_path / "killed"
