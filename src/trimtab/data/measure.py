@@ -127,7 +127,7 @@ class Ruler:
 
         Raises:
             Dropped: ``prompt_fills``, if the prompt alone reaches ``max_length``; TRL would drop the row
-                unsaid.
+                unsaid. ``identical_cut``, if what is left of a pair's answers is the same.
         """
         if self.max_length is None or "prompt" not in row:
             return
@@ -137,6 +137,8 @@ class Ruler:
         prompt, *wholes = self.ids([alone, *rendered], conversational)
         if min(_shared(prompt, whole) for whole in wholes) >= self.max_length:
             raise Dropped("prompt_fills")
+        if len({tuple(whole[: self.max_length]) for whole in wholes}) < len(wholes):
+            raise Dropped("identical_cut")
 
     def ids(self, texts: Sequence[str], conversational: bool) -> list[list[int]]:
         """Return the tokens of rendered texts."""

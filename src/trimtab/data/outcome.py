@@ -13,6 +13,7 @@ REASONS = {
     "empty_response": "empty response",
     "no_question": "prompt does not end with the user's turn",
     "identical": "chosen and rejected are the same",
+    "identical_cut": "chosen and rejected are the same within max_length",
     "prompts_differ": "chosen and rejected differ before the last answer",
     "tie": "all scores are equal",
     "single_response": "fewer than two responses",

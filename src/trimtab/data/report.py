@@ -246,7 +246,7 @@ class DataReport:
 
     def say(self, reason: str) -> str:
         """Return a reason in words, with the limit where it is about one."""
-        if reason in ("overlong", "no_room", "prompt_fills"):
+        if reason in ("overlong", "no_room", "prompt_fills", "identical_cut"):
             return f"{REASONS[reason]} = {self.max_length}"
         return REASONS[reason]
 

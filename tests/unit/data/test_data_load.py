@@ -100,6 +100,24 @@ def test_truncate_leaves_rows_for_the_trainer_and_counts_them(load, write):
     assert made.report.dropped == {"prompt_fills": 1}
 
 
+@pytest.mark.parametrize("method", ["dpo", "ipo", "kto"])
+def test_pairs_that_truncating_makes_the_same_are_dropped(load, write, method):
+    """The prompt and what opens the answer are 4 of 64 tokens: the 60th of the answer is the last one left."""
+    rows = [
+        {
+            "prompt": [Q],
+            "chosen": [said("assistant", f"{same}a")],
+            "rejected": [said("assistant", f"{same}bc")],
+        }
+        for same in ("x" * 58, "x" * 59, "x" * 60)
+    ]
+    write("a.jsonl", rows)
+    made = load(method, "a.jsonl", max_length=64, overlong="truncate")
+    assert (made.report.kept, made.report.truncated) == (2, 2)
+    assert made.report.dropped == {"identical_cut": 1}
+    assert "the same within max_length = 64" in made.report.summary()
+
+
 def test_no_limit(load, write):
     write("a.jsonl", [messages(3000)])
     assert load("dpo", "a.jsonl", max_length=None).report.rows == 1
