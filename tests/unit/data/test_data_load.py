@@ -102,7 +102,7 @@ def test_truncate_leaves_rows_for_the_trainer_and_counts_them(load, write):
 
 @pytest.mark.parametrize("method", ["dpo", "ipo", "kto"])
 def test_pairs_that_truncating_makes_the_same_are_dropped(load, write, method):
-    """The prompt and what opens the answer are 4 of 64 tokens: the 60th of the answer is the last one left."""
+    """The prompt and what opens the answer are 4 of 64 tokens, so the answer's 60th is the last one left."""
     rows = [
         {
             "prompt": [Q],
