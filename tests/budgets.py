@@ -17,7 +17,7 @@ BUDGETS = {
     "tests/oracle": 15,
     "tests/property": 240,
     "tests/equivalence": 300,
-    "tests/distributed": 240,
+    "tests/distributed": 480,
     "tests/cli": 320,
     "tests/examples": 150,
     "src": 40,
