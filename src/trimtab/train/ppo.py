@@ -14,38 +14,28 @@ need as much memory again as the policy with its gradients and moments.
 
 from __future__ import annotations
 
-from typing import Any
-
 from trimtab.recipe import PPOLoss
 from trimtab.rewards import load_rewards
-from trimtab.train.models import load_model
 from trimtab.train.parts import Parts
 from trimtab.train.policy import load_policy
 from trimtab.train.ppo_trainer import MergingPPOTrainer
+from trimtab.train.reference import frozen_reference
 
 
 def make_trainer(parts: Parts) -> MergingPPOTrainer:
     """Load rewards, policy and reference and put the trainer together."""
     loss = parts.recipe.loss
     assert isinstance(loss, PPOLoss)
+    under_adapter = parts.recipe.adapter is not None and parts.reference == parts.policy
     reward = load_rewards(loss.rewards, key="loss.rewards", device=parts.arguments.device)
     return MergingPPOTrainer(
         load_policy(parts),
         parts.arguments,
         settings=loss,
-        reference=_load_reference(parts),
+        reference=None if under_adapter else frozen_reference(parts),
         reward=reward,
         train_dataset=parts.train,
         eval_dataset=parts.held_out,
         processing_class=parts.tokenizer,
         optimizer_plan=parts.plan,
     )
-
-
-def _load_reference(parts: Parts) -> Any:
-    """The reference, frozen; None where it is the policy without its fresh adapter."""
-    assert parts.reference is not None
-    if parts.recipe.adapter is not None and parts.reference == parts.policy:
-        return None
-    reference = load_model(parts.reference, parts.model_settings, trainable=False)
-    return reference.eval().requires_grad_(False)

@@ -16,8 +16,11 @@ def load_reference(parts: Parts) -> Any:
     start: we let it only where that is the reference.
     """
     adapted = parts.recipe.adapter is not None or parts.policy.is_adapter
-    if adapted and parts.reference == parts.policy:
-        return None
+    return None if adapted and parts.reference == parts.policy else frozen_reference(parts)
+
+
+def frozen_reference(parts: Parts) -> Any:
+    """Load the reference as a model of its own, frozen; an adapter is merged into what it stands on."""
     assert parts.reference is not None
     reference: Any = load_model(parts.reference, parts.model_settings, trainable=False)
     if parts.reference.is_adapter:
