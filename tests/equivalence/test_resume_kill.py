@@ -43,12 +43,14 @@ def start(recipe: Path, *flags: str) -> subprocess.Popen[str]:
 
 def kill_at(process: subprocess.Popen[str], moment: Moment, delay: float) -> bool:
     """Kill the process ``delay`` seconds after ``moment`` has come; False if it was done before, and well."""
-    while process.poll() is None and not moment():
-        time.sleep(0.0005)
-    if process.poll() is None:
-        time.sleep(delay)
-    process.send_signal(signal.SIGKILL)
-    said = process.communicate(timeout=60)[1]
+    try:
+        while process.poll() is None and not moment():
+            time.sleep(0.0005)
+        if process.poll() is None:
+            time.sleep(delay)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        said = process.communicate(timeout=60)[1]
     assert process.returncode in (0, -signal.SIGKILL), said
     return process.returncode != 0
 
@@ -66,13 +68,21 @@ def after_lines(run: Path, more: int) -> Moment:
 
 def while_writing(run: Path, file: str) -> Moment:
     """When ``file`` appears in a checkpoint that is not complete yet."""
-    known = set(run.glob(f"checkpoint-*/{file}"))
-    return lambda: any(path not in known for path in run.glob(f"checkpoint-[0-9]*/{file}"))
+    known = found(run, f"checkpoint-*/{file}")
+    return lambda: bool(found(run, f"checkpoint-[0-9]*/{file}") - known)
 
 
 def while_saving_the_model(run: Path) -> Moment:
     """When the folder that becomes ``model/`` has its weights, or a part of them."""
-    return lambda: any(run.glob(".model.*/*.safetensors"))
+    return lambda: bool(found(run, ".model.*/*.safetensors"))
+
+
+def found(run: Path, pattern: str) -> set[Path]:
+    """What matches; nothing where a folder is removed or renamed while it is looked into."""
+    try:
+        return set(run.glob(pattern))
+    except FileNotFoundError:
+        return set()
 
 
 @pytest.fixture
