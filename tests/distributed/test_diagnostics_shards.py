@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +9,15 @@ import pytest
 import torch
 
 from tests.distributed.diagnostics_worker import EXACT, SAMPLED, SIZE
+from tests.distributed.processes import run_module
 
 pytestmark = pytest.mark.xdist_group("sharding")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder, root = tmp_path_factory.mktemp("diagnostics"), Path(__file__).parents[2]
-    paths = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
-    command = [sys.executable, "-m", "tests.distributed.diagnostics_worker", str(folder)]
-    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr[-6000:]
+    folder = tmp_path_factory.mktemp("diagnostics")
+    run_module("tests.distributed.diagnostics_worker", folder)
     return folder
 
 

@@ -6,7 +6,6 @@ Run as a module it is one of the processes: torchrun --nproc-per-node 2 -m tests
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch
 from torch import distributed
 
 from tests import tiny
+from tests.distributed.processes import run_on_two
 from tests.equivalence.runs import assert_same
 
 pytestmark = pytest.mark.xdist_group("train")  # one worker: what costs is importing TRL
@@ -69,17 +69,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = tiny.preference_rows(8)
     rows[5]["prompt"][0]["content"] = "say 100 %"
     tiny.write_rows(folder / "one-bad.jsonl", rows)
-    root = Path(__file__).parents[2]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": f"{root}{os.pathsep}{root / 'src'}",
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-    }
-    launch = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [sys.executable, "-m", *launch, "-m", "tests.distributed.test_guard_ddp", str(folder)]
-    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-4000:]
+    run_on_two("tests.distributed.test_guard_ddp", folder)
     return folder
 
 
@@ -101,9 +91,9 @@ def test_the_row_of_another_process_is_named(runs: Path) -> None:
 
 def weights_after(values: dict[str, Any], *, evaluates_first: bool) -> dict[str, torch.Tensor]:
     from trimtab.recipe import make_recipe
+    from trimtab.terminal import plain_libraries
     from trimtab.train import config_class
     from trimtab.train.parts import gather_parts
-    from trimtab.train.terminal import plain_libraries
 
     with plain_libraries():
         parts = gather_parts(make_recipe(values, config_class=config_class), resumes=False)

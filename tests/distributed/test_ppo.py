@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +10,7 @@ import pytest
 import torch
 
 from tests import tiny
+from tests.distributed.processes import run_on_two
 from tests.equivalence.runs import assert_same, logged
 
 pytestmark = pytest.mark.xdist_group("train")  # one worker: what costs is importing the trainers
@@ -56,13 +54,7 @@ def runs(tiny_models: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     several = recipe(tiny_models, folder, "several", batch=1)
     several["loss"] |= {"minibatches": 2, "epochs": 2}
     (folder / "several.json").write_text(json.dumps(several))
-    root = Path(__file__).parents[2]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (root, root / "src")))}
-    environment |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    launch = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [sys.executable, "-m", *launch, "-m", "tests.distributed.train_worker", str(folder)]
-    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-4000:]
+    run_on_two("tests.distributed.train_worker", folder)
     return folder
 
 

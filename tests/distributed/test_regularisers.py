@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from tests.distributed.processes import run_module
 from tests.distributed.regulariser_worker import ELEMENTWISE, KINDS, OF_WHOLE_TENSORS, SIZE
 
 pytestmark = pytest.mark.xdist_group("sharding")
@@ -19,12 +16,8 @@ pytestmark = pytest.mark.xdist_group("sharding")
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """What one process has found, and each of two."""
-    folder, root = tmp_path_factory.mktemp("regularisers"), Path(__file__).parents[2]
-    paths = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
-    command = [sys.executable, "-m", "tests.distributed.regulariser_worker", str(folder)]
-    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr[-6000:]
+    folder = tmp_path_factory.mktemp("regularisers")
+    run_module("tests.distributed.regulariser_worker", folder)
     alone = torch.load(folder / "alone.pt", weights_only=True)
     return alone, [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(SIZE)]
 

@@ -6,7 +6,6 @@ Run as a module it is one of the processes: torchrun --nproc-per-node 2 -m tests
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import torch
 from torch import distributed
 
 from tests import tiny
+from tests.distributed.processes import run_on_two
 
 pytestmark = pytest.mark.xdist_group("train")
 
@@ -57,17 +57,7 @@ def train(
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("rrhf-ddp")
-    root = Path(__file__).parents[2]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": f"{root}{os.pathsep}{root / 'src'}",
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-    }
-    launch = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [sys.executable, "-m", *launch, "-m", "tests.distributed.test_rrhf", str(folder)]
-    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-4000:]
+    run_on_two("tests.distributed.test_rrhf", folder)
     return folder
 
 

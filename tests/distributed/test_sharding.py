@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tests import tiny
+from tests.distributed.processes import run_module
 from tests.distributed.shard_cases import (
     CASES,
     RESUMED,
@@ -42,12 +40,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("shards")
     write_delta(folder)
     tiny.write_models(folder)
-    root = Path(__file__).parents[2]
-    paths = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-m", "tests.distributed.shard_worker", str(folder)]
-    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=580)
-    assert done.returncode == 0, done.stderr[-6000:]
+    run_module("tests.distributed.shard_worker", folder, timeout=580)
     return folder
 
 

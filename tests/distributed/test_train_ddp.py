@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +10,7 @@ import pytest
 import torch
 
 from tests import tiny
+from tests.distributed.processes import run_on_two
 from tests.equivalence.runs import assert_same, logged
 from trimtab import OnDARE, OnTIES, ReferenceDelta
 from trimtab.train.checkpoints import last_complete, read_marker
@@ -58,12 +56,7 @@ def runs(tiny_models: Any, tiny_pairs: Any, tmp_path_factory: pytest.TempPathFac
     rows = tiny.write_rows(folder / "instructions.jsonl", tiny.instruction_rows(5, seed=3))
     values = regularised(tiny_models, tiny_pairs, folder / "run-regularised", rows, batch=2)
     (folder / "regularised.json").write_text(json.dumps(values))
-    root = Path(__file__).parents[2]
-    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    launch = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [sys.executable, "-m", *launch, "-m", "tests.distributed.train_worker", str(folder)]
-    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-4000:]
+    run_on_two("tests.distributed.train_worker", folder)
     return folder
 
 
