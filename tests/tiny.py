@@ -82,7 +82,7 @@ def write_adapter(on: Path, folder: Path, *, r: int = 2) -> Path:
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM
 
-    from trimtab.train.terminal import plain_libraries
+    from trimtab.terminal import plain_libraries
 
     config = LoraConfig(r=r, target_modules="all-linear", task_type="CAUSAL_LM")
     with plain_libraries():

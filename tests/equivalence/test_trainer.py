@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests import tiny
-from trimtab.train.terminal import plain_libraries
+from trimtab.terminal import plain_libraries
 
 pytestmark = pytest.mark.xdist_group("train")  # one worker: what costs is importing TRL
 

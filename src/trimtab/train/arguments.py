@@ -42,8 +42,7 @@ def config_class(method: str) -> type:
     """Return the config class of a method's trainer, against which its ``training`` section is checked."""
     import trl
 
-    from trimtab.train.ppo_config import PPOConfig
-    from trimtab.train.rrhf_config import RRHFConfig
+    from trimtab.train.trainer_config import TrainerConfig
 
     classes = {
         "sft": trl.SFTConfig,
@@ -51,8 +50,8 @@ def config_class(method: str) -> type:
         "ipo": trl.DPOConfig,
         "kto": trl.KTOConfig,
         "reward": trl.RewardConfig,
-        "rrhf": RRHFConfig,
-        "ppo": PPOConfig,
+        "rrhf": TrainerConfig,
+        "ppo": TrainerConfig,
         "grpo": trl.GRPOConfig,
         "rloo": trl.RLOOConfig,
     }

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from trl import DPOTrainer
 
+from trimtab.model_folder import load_model
 from trimtab.train.guard import GuardedTrainer
-from trimtab.train.models import load_model
 from trimtab.train.parts import Parts
 from trimtab.train.reference import load_reference
 from trimtab.train.sft import trainer_arguments

@@ -10,10 +10,10 @@ from rich.syntax import Syntax
 from rich.table import Table
 
 from trimtab.recipe import Recipe, SampledLoss
+from trimtab.terminal import is_first_process, plain_libraries
 from trimtab.train.drift import Drift
 from trimtab.train.estimate import Size, measure
 from trimtab.train.parts import gather_parts
-from trimtab.train.terminal import is_first_process, plain_libraries
 
 
 def describe(recipe: Recipe, console: Console | None = None) -> Size:

@@ -11,8 +11,9 @@ import torch
 
 from trimtab.delta.checkpoint import open_checkpoint
 from trimtab.delta.held import SPARSE_SHARE
+from trimtab.model_folder import ModelFolder, find_model
 from trimtab.recipe import GRPOLoss, Optimizer, PPOLoss, Recipe, RLOOLoss, SampledLoss
-from trimtab.train.models import ModelFolder, find_model, lora_config
+from trimtab.train.models import lora_config
 from trimtab.train.parts import Parts
 from trimtab.train.ppo_model import add_value_head
 from trimtab.train.state_sizes import FP32, STORED, state_sizes

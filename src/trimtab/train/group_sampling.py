@@ -18,9 +18,9 @@ from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model
 
 from trimtab.data.prompts import other_columns
 from trimtab.errors import UserError
+from trimtab.model_folder import load_model
 from trimtab.recipe import SampledLoss
 from trimtab.rewards import Reward, load_rewards
-from trimtab.train.models import load_model
 from trimtab.train.parts import Parts
 from trimtab.train.reference import load_reference
 from trimtab.train.sft import trainer_arguments

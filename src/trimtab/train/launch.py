@@ -16,6 +16,7 @@ from trimtab.errors import UserError
 from trimtab.files import write_text
 from trimtab.optim.diagnostics import DRIFT_WARNS, HARM_BEGAN
 from trimtab.recipe import Recipe, SampledLoss, make_recipe, refuse_differences
+from trimtab.terminal import is_first_process, plain_libraries, say
 from trimtab.train.callbacks import CompleteCheckpoints, MetricsFile
 from trimtab.train.card import model_card
 from trimtab.train.checkpoints import last_complete, read_marker
@@ -28,7 +29,6 @@ from trimtab.train.parts import Parts, gather_parts
 from trimtab.train.progress import show_progress
 from trimtab.train.regularisers import keep_average
 from trimtab.train.samples import answers, sample_prompts
-from trimtab.train.terminal import is_first_process, plain_libraries, say
 
 
 def run(

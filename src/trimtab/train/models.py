@@ -1,4 +1,4 @@
-"""Loading what a run trains and what it compares with: tokenizer, models, adapter, reference delta."""
+"""What a run makes of its recipe's models: whether they fit each other, an adapter, the reference delta."""
 
 from __future__ import annotations
 
@@ -7,18 +7,8 @@ from typing import Any
 from trimtab.delta import ReferenceDelta
 from trimtab.delta.checkpoint import open_checkpoint
 from trimtab.errors import UserError
-from trimtab.model_folder import ModelFolder, find_model, load_model, load_tokenizer
+from trimtab.model_folder import ModelFolder, find_model
 from trimtab.recipe import Adapter, Recipe
-
-__all__ = [
-    "ModelFolder",
-    "find_model",
-    "load_delta",
-    "load_model",
-    "load_tokenizer",
-    "lora_config",
-    "refuse_other_shape",
-]
 
 
 def refuse_other_shape(policy: ModelFolder, reference: ModelFolder) -> None:

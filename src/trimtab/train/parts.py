@@ -9,14 +9,15 @@ from typing import Any
 from trimtab.data import PreparedData, load_data
 from trimtab.delta import ReferenceDelta
 from trimtab.errors import UserError
+from trimtab.model_folder import ModelFolder, find_model, load_tokenizer
 from trimtab.recipe import Recipe, SampledLoss
 from trimtab.rewards.ranked_batches import encode_ranked
+from trimtab.terminal import is_first_process
 from trimtab.train.arguments import training_arguments
-from trimtab.train.models import ModelFolder, find_model, load_delta, load_tokenizer, refuse_other_shape
+from trimtab.train.models import load_delta, refuse_other_shape
 from trimtab.train.optimizers import OptimizerPlan
 from trimtab.train.prompt_checks import check_sampling
 from trimtab.train.regularisers import Regularisers
-from trimtab.train.terminal import is_first_process
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from trimtab.train.models import load_model, lora_config
+from trimtab.model_folder import load_model
+from trimtab.train.models import lora_config
 from trimtab.train.parts import Parts
 
 

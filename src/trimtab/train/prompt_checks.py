@@ -6,9 +6,9 @@ from typing import Any
 
 from trimtab.data import PreparedData
 from trimtab.errors import UserError
+from trimtab.model_folder import ModelFolder
 from trimtab.recipe import SampledLoss
 from trimtab.rewards import find_rewards
-from trimtab.train.models import ModelFolder
 
 
 def check_sampling(loss: SampledLoss, arguments: Any, policy: ModelFolder, *parts: PreparedData) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from trimtab.train.models import load_model
+from trimtab.model_folder import load_model
 from trimtab.train.parts import Parts
 
 

@@ -15,10 +15,10 @@ from trl import RewardTrainer
 from trl.trainer.reward_trainer import suppress_seqcls_warning
 
 from trimtab.errors import UserError
+from trimtab.model_folder import ModelFolder
 from trimtab.rewards import pairwise_accuracy
 from trimtab.rewards.reward import prompt_key
 from trimtab.train.guard import GuardedTrainer
-from trimtab.train.models import ModelFolder
 from trimtab.train.parts import Parts
 from trimtab.train.sft import trainer_arguments
 

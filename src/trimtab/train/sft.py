@@ -6,8 +6,9 @@ from typing import Any
 
 from trl import SFTTrainer
 
+from trimtab.model_folder import load_model
 from trimtab.train.guard import GuardedTrainer
-from trimtab.train.models import load_model, lora_config
+from trimtab.train.models import lora_config
 from trimtab.train.parts import Parts
 
 

@@ -11,9 +11,9 @@ import pytest
 
 from tests import tiny
 from trimtab.recipe import make_recipe
+from trimtab.terminal import plain_libraries
 from trimtab.train import config_class
 from trimtab.train.parts import gather_parts
-from trimtab.train.terminal import plain_libraries
 
 
 @pytest.fixture

@@ -16,8 +16,8 @@ from tests import tiny
 from tests.equivalence.runs import assert_same_run
 from tests.oracle import losses
 from trimtab import ReferenceDelta, UserError
+from trimtab.terminal import plain_libraries
 from trimtab.train.checkpoints import checkpoint_folders
-from trimtab.train.terminal import plain_libraries
 
 pytestmark = pytest.mark.xdist_group("train")  # one worker: what costs is importing TRL
 

@@ -12,9 +12,9 @@ import torch
 from tests import tiny
 from trimtab import UserError
 from trimtab.recipe import make_recipe
+from trimtab.terminal import plain_libraries
 from trimtab.train import config_class
 from trimtab.train.arguments import training_arguments
-from trimtab.train.terminal import plain_libraries
 
 pytestmark = pytest.mark.xdist_group("train")  # one worker: what costs is importing TRL
 

@@ -13,13 +13,13 @@ from transformers import Trainer, TrainingArguments
 
 from tests import tiny
 from trimtab.recipe import make_recipe
+from trimtab.terminal import plain_libraries
 from trimtab.train import config_class
 from trimtab.train.dpo import make_trainer
 from trimtab.train.dry_run import gigabytes
 from trimtab.train.estimate import count_steps, measure
 from trimtab.train.optimizers import unwrapped
 from trimtab.train.parts import gather_parts
-from trimtab.train.terminal import plain_libraries
 
 pytestmark = pytest.mark.xdist_group("train")  # one worker: what costs is importing TRL
 

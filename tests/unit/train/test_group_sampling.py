@@ -17,12 +17,12 @@ from tests.oracle import losses, sampled
 from tests.unit.train import rules
 from trimtab import UserError
 from trimtab.recipe import make_recipe
+from trimtab.terminal import plain_libraries
 from trimtab.train import config_class
 from trimtab.train.checkpoints import checkpoint_folders
 from trimtab.train.estimate import count_steps, measure
 from trimtab.train.grpo import make_trainer
 from trimtab.train.parts import gather_parts
-from trimtab.train.terminal import plain_libraries
 
 pytestmark = pytest.mark.xdist_group("train")  # one worker: what costs is importing TRL
 

@@ -14,9 +14,9 @@ import yaml
 from tests import tiny
 from trimtab import UserError
 from trimtab.recipe import make_recipe
+from trimtab.terminal import plain_libraries
 from trimtab.train import config_class, run
 from trimtab.train.checkpoints import checkpoint_folders, last_complete, read_marker
-from trimtab.train.terminal import plain_libraries
 
 pytestmark = pytest.mark.xdist_group("train")  # one worker: what costs is importing TRL
 
@@ -319,7 +319,7 @@ def test_a_full_disk_is_said_in_a_sentence(
 def test_what_is_wrong_is_said_before_a_model_is_loaded(
     change: dict[str, Any], sentence: str, tiny_models: Any, tiny_pairs: Any, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr("trimtab.train.models.load_model", None)
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", None)
     values = tiny.recipe(tiny_models, tiny_pairs, tmp_path / "o", **change)
     if values.pop("streaming", False):
         values["data"]["streaming"] = True
@@ -366,7 +366,7 @@ def test_conversations_without_a_chat_template_are_refused(
 def test_a_tokenizer_without_padding_pads_with_its_end(
     tiny_models: Any, tiny_pairs: Any, tmp_path: Path
 ) -> None:
-    from trimtab.train.models import find_model, load_tokenizer
+    from trimtab.model_folder import find_model, load_tokenizer
 
     bare = tmp_path / "bare"
     shutil.copytree(tiny_models[1], bare)

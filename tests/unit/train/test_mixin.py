@@ -16,11 +16,11 @@ from tests.oracle.reference import PAPER, Adam, Parameter
 from trimtab import OnDARE, ReferenceDelta, UserError
 from trimtab.ops import DELTA, UPDATE, MaskKey, bernoulli_mask
 from trimtab.recipe import make_recipe
+from trimtab.terminal import plain_libraries
 from trimtab.train import OnlineMergingMixin, OptimizerPlan, config_class
 from trimtab.train.dpo import MergingDPOTrainer, make_trainer
 from trimtab.train.optimizers import unwrapped
 from trimtab.train.parts import gather_parts
-from trimtab.train.terminal import plain_libraries
 
 pytestmark = pytest.mark.xdist_group("train")  # one worker: what costs is importing TRL
 

@@ -348,7 +348,7 @@ def test_a_dry_run_counts_steps_and_memory(
             {"optimizer": {"child_tuning": {"variant": "D"}}},
             r"optimizer\.child_tuning\.variant must be F for method ppo",
         ),
-        ({"training": {"max_stepz": 5}}, r"max_stepz is not a field of PPOConfig; did you mean"),
+        ({"training": {"max_stepz": 5}}, r"max_stepz is not a field of TrainerConfig; did you mean"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_meant_is_refused(

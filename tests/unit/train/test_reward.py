@@ -17,8 +17,8 @@ from tests.oracle import losses
 from trimtab import UserError
 from trimtab.evaluate import wilson
 from trimtab.rewards import load_reward
+from trimtab.terminal import plain_libraries
 from trimtab.train.checkpoints import checkpoint_folders
-from trimtab.train.terminal import plain_libraries
 
 pytestmark = pytest.mark.xdist_group("train")  # one worker: what costs is importing TRL
 

@@ -210,7 +210,7 @@ def test_under_an_adapter(tiny_models: Any, ranked: Any, tmp_path: Path) -> None
         ({"loss": {"layout": "packed"}}, r"loss\.layout .*'?shared_prefix'?.*repeated"),
         ({"loss": {"ft_normalization": "mean"}}, r"loss\.ft_normalization .*sum.*token_mean"),
         ({"training": {"max_length": 5}}, r"max_length is written as data\.max_length"),
-        ({"training": {"max_stepz": 5}}, r"max_stepz is not a field of RRHFConfig; did you mean"),
+        ({"training": {"max_stepz": 5}}, r"max_stepz is not a field of TrainerConfig; did you mean"),
         (
             {"training": {"model_init_kwargs": {"attn_implementation": "flex_attention"}}},
             r"the layout 'shared_prefix' needs attn_implementation sdpa or eager, not 'flex_attention'",

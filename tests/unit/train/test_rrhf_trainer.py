@@ -15,9 +15,9 @@ from tests.unit.losses.test_rrhf import oracle
 from tests.unit.rewards.test_ranked_batches import naive, rows
 from trimtab import OnDARE, ReferenceDelta, UserError
 from trimtab.rewards.ranked_batches import RRHFCollator
+from trimtab.terminal import plain_libraries
 from trimtab.train import OptimizerPlan
 from trimtab.train.rrhf_trainer import MergingRRHFTrainer, RRHFSettings, RRHFTrainer
-from trimtab.train.terminal import plain_libraries
 
 pytestmark = pytest.mark.xdist_group("train")
 

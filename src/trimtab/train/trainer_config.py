@@ -1,4 +1,4 @@
-"""The arguments of PPO's trainer: transformers', with the defaults that TRL's trainers have."""
+"""The arguments of our own trainers: transformers', with the defaults that TRL's have."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from transformers import TrainingArguments
 
 
 @dataclass
-class PPOConfig(TrainingArguments):
+class TrainerConfig(TrainingArguments):
     """transformers' arguments, and how the model is loaded.
 
     Args:
